@@ -1,1 +1,14 @@
+//! The lab: a real control plane (etcd, kube-apiserver, istiod) and real proxies (pilot-agent, Envoy) on one machine,
+//! without containers, for tests, the demo and benchmarks. It shows what configuration *does*.
 
+pub mod app;
+pub mod control_plane;
+pub mod isolate;
+pub mod lab;
+pub mod pod;
+pub mod process;
+pub mod tools;
+pub mod wait;
+
+pub use lab::{Lab, PATIENCE, test};
+pub use pod::{App, PodSpec};

@@ -1,0 +1,9 @@
+//! The application of a lab pod: an echo server that reports what it saw of a request, and a client that makes
+//! requests from inside the pod when the test asks it to.
+
+mod client;
+mod codec;
+mod server;
+
+pub use client::{Call, Caller, Outcome, Protocol, ask, serve_control};
+pub use server::{Report, Server};

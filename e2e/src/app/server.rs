@@ -1,0 +1,174 @@
+//! The echo server: HTTP/1.1, h2c and gRPC on one port, plain TCP on another.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
+use tonic::body::Body;
+
+use super::codec::BytesCodec;
+
+/// What the server saw of one request: its answer's body.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// The pod that answered.
+    pub pod: String,
+    pub protocol: String,
+    pub method: String,
+    pub host: String,
+    pub path: String,
+    pub headers: BTreeMap<String, String>,
+    pub body_bytes: usize,
+}
+
+impl Report {
+    /// The identity that the pod's own sidecar vouches for: the last `URI=` of `x-forwarded-client-cert`.
+    pub fn peer(&self) -> Option<&str> {
+        let xfcc = self.headers.get("x-forwarded-client-cert")?;
+        let last = xfcc.rsplit("URI=").next().filter(|_| xfcc.contains("URI="))?;
+        last.split([';', ',']).next()
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Server {
+    pub pod: String,
+}
+
+impl Server {
+    /// Serves HTTP/1.1, h2c and gRPC on `addr` until the process ends.
+    pub async fn http(self, addr: SocketAddr) -> anyhow::Result<()> {
+        let listener = TcpListener::bind(addr).await?;
+        loop {
+            let (stream, _) = listener.accept().await?;
+            let server = self.clone();
+            tokio::spawn(async move {
+                let service = service_fn(move |request| server.clone().answer(request));
+                let connection = auto::Builder::new(TokioExecutor::new());
+                let _ = connection
+                    .serve_connection_with_upgrades(TokioIo::new(stream), service)
+                    .await;
+            });
+        }
+    }
+
+    /// Greets with the pod's name and then echoes bytes, on `addr`, until the process ends.
+    pub async fn tcp(self, addr: SocketAddr) -> anyhow::Result<()> {
+        let listener = TcpListener::bind(addr).await?;
+        loop {
+            let (mut stream, _) = listener.accept().await?;
+            let greeting = format!("{}\n", self.pod);
+            tokio::spawn(async move {
+                stream.write_all(greeting.as_bytes()).await?;
+                let (mut from, mut to) = stream.split();
+                tokio::io::copy(&mut from, &mut to).await
+            });
+        }
+    }
+
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        let grpc = request
+            .headers()
+            .get("content-type")
+            .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+        Ok(if grpc { self.grpc(request).await } else { self.plain(request).await })
+    }
+
+    fn report(&self, request: &Request<Incoming>) -> Report {
+        let host = request.headers().get("host").and_then(|value| value.to_str().ok());
+        let authority = request.uri().authority().map(|authority| authority.as_str());
+        Report {
+            pod: self.pod.clone(),
+            protocol: format!("{:?}", request.version()),
+            method: request.method().to_string(),
+            host: host.or(authority).unwrap_or_default().to_owned(),
+            path: request.uri().path().to_owned(),
+            headers: request
+                .headers()
+                .iter()
+                .map(|(name, value)| {
+                    (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned())
+                })
+                .collect(),
+            body_bytes: 0,
+        }
+    }
+
+    /// `x-echo-status` chooses the status, `x-echo-location` adds a location.
+    async fn plain(self, request: Request<Incoming>) -> Response<Body> {
+        let mut report = self.report(&request);
+        report.body_bytes = match request.into_body().collect().await {
+            Ok(body) => body.to_bytes().len(),
+            Err(_) => return Response::new(Body::empty()),
+        };
+        let status = report
+            .headers
+            .get("x-echo-status")
+            .and_then(|value| value.parse().ok())
+            .unwrap_or(StatusCode::OK);
+        let body = serde_json::to_vec(&report).unwrap_or_default();
+        let mut response = Response::builder().status(status);
+        if let Some(location) = report.headers.get("x-echo-location") {
+            response = response.header("location", location);
+        }
+        response
+            .header("content-type", "application/json")
+            .body(Body::new(Full::new(Bytes::from(body))))
+            .unwrap_or_default()
+    }
+
+    /// Answers each message of the stream with a report; a unary call is a stream of one.
+    async fn grpc(self, request: Request<Incoming>) -> Response<Body> {
+        let report = self.report(&request);
+        let echo = tower_echo(move |message: Bytes| {
+            let seen = Report { body_bytes: message.len(), ..report.clone() };
+            Bytes::from(serde_json::to_vec(&seen).unwrap_or_default())
+        });
+        tonic::server::Grpc::new(BytesCodec).streaming(echo, request).await
+    }
+}
+
+type Replies = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<Bytes, tonic::Status>> + Send>>;
+
+#[derive(Clone)]
+struct Echo<F>(F);
+
+fn tower_echo<F: Fn(Bytes) -> Bytes + Clone + Send + 'static>(reply: F) -> Echo<F> {
+    Echo(reply)
+}
+
+impl<F> tonic::server::StreamingService<Bytes> for Echo<F>
+where
+    F: Fn(Bytes) -> Bytes + Clone + Send + 'static,
+{
+    type Response = Bytes;
+    type ResponseStream = Replies;
+    type Future = std::future::Ready<Result<tonic::Response<Replies>, tonic::Status>>;
+
+    fn call(&mut self, request: tonic::Request<tonic::Streaming<Bytes>>) -> Self::Future {
+        let reply = self.0.clone();
+        let replies = request.into_inner().map(move |message| message.map(&reply));
+        std::future::ready(Ok(tonic::Response::new(Box::pin(replies))))
+    }
+}
+
+/// Reads the greeting of the TCP server and what it echoes of `payload`.
+pub(super) async fn tcp_round_trip(addr: SocketAddr, payload: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let mut stream = tokio::net::TcpStream::connect(addr).await?;
+    stream.write_all(payload).await?;
+    stream.shutdown().await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    Ok(answer)
+}

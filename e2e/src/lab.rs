@@ -1,0 +1,382 @@
+//! A whole mesh on one machine: a control plane, pods with sidecars, and what tests ask of them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::Pod as PodObject;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use serde_json::json;
+use tokio::process::Command;
+
+use crate::app::{Call, Outcome, Protocol};
+use crate::control_plane::{ADDRESS, ControlPlane, client};
+use crate::isolate::{self, SCRATCH, run};
+use crate::pod::{Pod, PodSpec, Surroundings};
+use crate::tools::{Tools, checkout};
+use crate::wait::eventually;
+
+/// How long anything that should happen may take here before a test fails: generous, since two cores run it all.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// istiod's MeshConfig in the lab: Istio's defaults, but for filters that stock Envoy lacks.
+pub const MESH_CONFIG: &str = "\
+rootNamespace: istio-system
+trustDomain: cluster.local
+defaultProviders: {}
+enableTracing: false
+defaultConfig: {discoveryAddress: 'istiod.istio-system.svc:15012'}
+";
+
+pub struct Lab {
+    pub client: kube::Client,
+    pub control_plane: ControlPlane,
+    pub tools: Tools,
+    pub scratch: PathBuf,
+    pub logs: PathBuf,
+    pods: BTreeMap<String, Pod>,
+    started: u16,
+}
+
+/// Runs `body` in a lab of its own; where it fails, what the lab looked like is left in `.lab/NAME`.
+///
+/// # Panics
+/// When the body fails: this is how a test fails.
+#[expect(clippy::panic, reason = "a test fails by panicking")]
+pub fn test(body: impl AsyncFnOnce(&mut Lab) -> anyhow::Result<()>) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("main").to_owned();
+    let result = if isolate::is_inside() {
+        in_lab(&name, body)
+    } else {
+        isolate::run_test(&name)
+    };
+    if let Err(error) = result {
+        panic!("{error:#}");
+    }
+}
+
+/// Starts a lab in the namespaces of this process, runs `body`, and ends the lab.
+///
+/// # Errors
+/// What went wrong in the lab or in the body.
+pub fn in_lab<T>(
+    name: &str,
+    body: impl AsyncFnOnce(&mut Lab) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    isolate::prepare()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut lab = Lab::start().await?;
+        let result = body(&mut lab).await;
+        if result.is_err() {
+            let kept = lab.dump(name).await;
+            eprintln!("what the lab looked like: {}", kept.display());
+        }
+        lab.stop().await;
+        result
+    })
+}
+
+impl Lab {
+    /// Starts the control plane, with Istio's CRDs, in namespaces that [`isolate::prepare`] prepared.
+    ///
+    /// # Errors
+    /// Names the part that did not start, with the end of its log.
+    pub async fn start() -> anyhow::Result<Self> {
+        let tools = Tools::find()?;
+        let scratch = PathBuf::from(SCRATCH);
+        let logs = scratch.join("logs");
+        std::fs::create_dir_all(&logs)?;
+        run("ip", &["link", "add", "lab0", "type", "bridge"])?;
+        run("ip", &["addr", "add", &format!("{ADDRESS}/16"), "dev", "lab0"])?;
+        run("ip", &["link", "set", "lab0", "up"])?;
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+
+        let control_plane = ControlPlane::start(&tools, &scratch, &logs).await?;
+        let client = client(&control_plane.kubeconfig).await?;
+        let mut lab = Self {
+            client,
+            control_plane,
+            tools,
+            scratch,
+            logs,
+            pods: BTreeMap::new(),
+            started: 1,
+        };
+        lab.namespace("istio-system").await?;
+        lab.kubectl(&["apply", "--server-side", "-f", &lab.tools.istio_crds.to_string_lossy()])
+            .await?;
+        lab.control_plane.start_istiod(MESH_CONFIG).await?;
+        Ok(lab)
+    }
+
+    /// Runs kubectl and returns what it printed.
+    ///
+    /// # Errors
+    /// Fails with what it complained of.
+    pub async fn kubectl(&self, args: &[&str]) -> anyhow::Result<String> {
+        let output = Command::new(&self.tools.kubectl)
+            .arg("--kubeconfig")
+            .arg(&self.control_plane.kubeconfig)
+            .args(args)
+            .current_dir(checkout())
+            .env("HOME", &self.scratch)
+            .output()
+            .await
+            .context("could not start kubectl")?;
+        if !output.status.success() {
+            bail!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// `kubectl apply` of YAML as a user would, with strict validation against the real CRDs.
+    ///
+    /// # Errors
+    /// Fails with kubectl's complaint.
+    pub async fn apply(&self, yaml: &str) -> anyhow::Result<()> {
+        let file = tempfile::Builder::new().suffix(".yaml").tempfile_in(&self.scratch)?;
+        std::fs::write(file.path(), yaml)?;
+        let path = file.path().to_string_lossy();
+        self.kubectl(&["apply", "--validate=strict", "-f", &path]).await.map(drop)
+    }
+
+    /// # Errors
+    /// Fails when the API refuses it.
+    pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        let api: Api<Namespace> = Api::all(self.client.clone());
+        api.patch(name, &PatchParams::apply("lab"), &Patch::Apply(object)).await?;
+        Ok(())
+    }
+
+    /// Makes a Service that selects `app: NAME`; `ports` are names with numbers, as in `http:9080`.
+    ///
+    /// # Errors
+    /// Fails when the API refuses it.
+    pub async fn service(&self, namespace: &str, name: &str, ports: &[&str]) -> anyhow::Result<()> {
+        let ports = ports.iter().map(|port| {
+            let (kind, number) = port.split_once(':').context("a port is NAME:NUMBER")?;
+            let number: u16 = number.parse()?;
+            Ok(json!({"name": format!("{kind}-{number}"), "port": number}))
+        });
+        let object = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": namespace},
+            "spec": {"selector": {"app": name}, "ports": ports.collect::<anyhow::Result<Vec<_>>>()?},
+        });
+        let api: Api<Service> = Api::namespaced(self.client.clone(), namespace);
+        api.patch(name, &PatchParams::apply("lab"), &Patch::Apply(object)).await?;
+        Ok(())
+    }
+
+    /// Starts a pod and waits until its sidecar serves.
+    ///
+    /// # Errors
+    /// Fails when a part of it does not start.
+    pub async fn pod(&mut self, spec: PodSpec) -> anyhow::Result<()> {
+        let (namespace, name) = (spec.namespace.clone(), spec.name.clone());
+        let id = spec.id();
+        self.started += 1;
+        let number = self.started;
+        self.pod_object(&spec, number).await?;
+        let root_certificate = self.root_certificate(&namespace).await?;
+        let token = self.token(&namespace, &spec.service_account, "istio-ca").await?;
+        let around = Surroundings {
+            tools: &self.tools,
+            scratch: &self.scratch,
+            logs: &self.logs,
+            number,
+            token: &token,
+            root_certificate: &root_certificate,
+        };
+        let mut pod = Pod::start(spec, &around)?;
+        let what = format!("pod {namespace}/{name} serves");
+        eventually(PATIENCE, &what, async || pod.ready().await).await?;
+        self.pods.insert(id, pod);
+        Ok(())
+    }
+
+    async fn pod_object(&self, spec: &PodSpec, number: u16) -> anyhow::Result<()> {
+        let account = json!({
+            "apiVersion": "v1", "kind": "ServiceAccount",
+            "metadata": {"name": spec.service_account, "namespace": spec.namespace},
+        });
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &spec.namespace);
+        let apply = PatchParams::apply("lab");
+        accounts.patch(&spec.service_account, &apply, &Patch::Apply(account)).await?;
+
+        let pods: Api<PodObject> = Api::namespaced(self.client.clone(), &spec.namespace);
+        let object = serde_json::from_value(spec.object())?;
+        pods.create(&PostParams::default(), &object).await.context("the Pod object")?;
+        let ip = Pod::address(number).to_string();
+        let status = json!({"status": {
+            "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": ADDRESS,
+            "conditions": [{"type": "Ready", "status": "True"}],
+        }});
+        let patch = PatchParams::default();
+        pods.patch_status(&spec.name, &patch, &Patch::Merge(status)).await?;
+        Ok(())
+    }
+
+    /// The mesh's root certificate, which istiod puts into every namespace.
+    async fn root_certificate(&self, namespace: &str) -> anyhow::Result<String> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        eventually(PATIENCE, "istiod publishes its root certificate", async || {
+            let map = maps.get("istio-ca-root-cert").await?;
+            let data = map.data.and_then(|mut data| data.remove("root-cert.pem"));
+            data.context("no root-cert.pem")
+        })
+        .await
+    }
+
+    /// A token of a service account.
+    ///
+    /// # Errors
+    /// Fails when the account does not exist.
+    pub async fn token(&self, namespace: &str, name: &str, audience: &str) -> anyhow::Result<String> {
+        let mut args = vec!["-n", namespace, "create", "token", name, "--duration=24h"];
+        if !audience.is_empty() {
+            args.extend(["--audience", audience]);
+        }
+        Ok(self.kubectl(&args).await?.trim().to_owned())
+    }
+
+    /// A running pod.
+    ///
+    /// # Errors
+    /// Fails when there is none of this name.
+    pub fn running(&self, namespace: &str, name: &str) -> anyhow::Result<&Pod> {
+        let id = format!("{namespace}.{name}");
+        self.pods.get(&id).with_context(|| format!("no pod {id} runs"))
+    }
+
+    /// A running pod, to be changed.
+    ///
+    /// # Errors
+    /// Fails when there is none of this name.
+    pub fn running_mut(&mut self, namespace: &str, name: &str) -> anyhow::Result<&mut Pod> {
+        let id = format!("{namespace}.{name}");
+        self.pods.get_mut(&id).with_context(|| format!("no pod {id} runs"))
+    }
+
+    /// Ends a pod and deletes its object.
+    ///
+    /// # Errors
+    /// Fails when there is none of this name.
+    pub async fn delete_pod(&mut self, namespace: &str, name: &str) -> anyhow::Result<()> {
+        let id = format!("{namespace}.{name}");
+        let pod = self.pods.remove(&id).with_context(|| format!("no pod {id} runs"))?;
+        let api: Api<PodObject> = Api::namespaced(self.client.clone(), namespace);
+        api.delete(name, &DeleteParams::default().grace_period(0)).await?;
+        pod.stop().await
+    }
+
+    /// What cluster DNS would answer: a Service's address in the caller's namespace, or in the one that is named.
+    ///
+    /// # Errors
+    /// Fails when no Service of this name has an address.
+    pub async fn resolve(&self, from: &str, host: &str, port: u16) -> anyhow::Result<SocketAddr> {
+        let mut labels = host.trim_end_matches('.').split('.');
+        let name = labels.next().unwrap_or_default();
+        let namespace = labels.next().unwrap_or(from);
+        let services: Api<Service> = Api::namespaced(self.client.clone(), namespace);
+        let service = services.get(name).await.with_context(|| format!("DNS knows no {host}"))?;
+        let ip = service.spec.and_then(|spec| spec.cluster_ip).context("no address")?;
+        Ok(SocketAddr::new(ip.parse().context("a headless Service")?, port))
+    }
+
+    /// Makes the request that an application in the pod would make for `http://AUTHORITY/…`.
+    ///
+    /// # Errors
+    /// Fails when the name does not resolve or the pod's application is gone; a failed call is an outcome.
+    pub async fn get(
+        &self,
+        from: (&str, &str),
+        protocol: Protocol,
+        authority: &str,
+    ) -> anyhow::Result<Outcome> {
+        let (host, port) = authority.rsplit_once(':').unwrap_or((authority, "80"));
+        let connect = self.resolve(from.0, host, port.parse()?).await?;
+        self.call(from, &request(protocol, authority, connect)).await
+    }
+
+    /// Makes a call from a pod.
+    ///
+    /// # Errors
+    /// Fails when the pod's application is gone; a failed call is an outcome.
+    pub async fn call(&self, from: (&str, &str), call: &Call) -> anyhow::Result<Outcome> {
+        self.running(from.0, from.1)?.call(call).await
+    }
+
+    /// Leaves logs, objects and every Envoy's configuration in `.lab/NAME` of the checkout.
+    async fn dump(&self, name: &str) -> PathBuf {
+        let folder = checkout().join(".lab").join(name.replace("::", "."));
+        let _ = std::fs::remove_dir_all(&folder);
+        let _ = std::fs::create_dir_all(&folder);
+        let copy = format!("{}/.", self.logs.display());
+        let _ = run("cp", &["-r", &copy, &folder.to_string_lossy()]);
+        for (file, kinds) in [
+            ("fences.yaml", "servicefences.fenceline.dev"),
+            ("istio.yaml", "sidecars,envoyfilters,virtualservices,serviceentries"),
+            ("cluster.yaml", "namespaces,services,pods"),
+            ("events.yaml", "events"),
+        ] {
+            let args = ["get", kinds, "-A", "-o", "yaml"];
+            let text = match self.kubectl(&args).await {
+                Ok(text) => text,
+                Err(error) => format!("{error:#}"),
+            };
+            let _ = std::fs::write(folder.join(file), text);
+        }
+        for (id, pod) in self.pods.iter().filter(|(_, pod)| pod.spec.sidecar) {
+            let dump = pod.envoy("/config_dump").await.unwrap_or_else(|error| format!("{error:#}"));
+            let _ = std::fs::write(folder.join(format!("{id}.config_dump.json")), dump);
+        }
+        folder
+    }
+
+    /// Ends everything.
+    async fn stop(self) {
+        for (_, pod) in self.pods {
+            let _ = pod.stop().await;
+        }
+        let ControlPlane { mut etcd, mut apiserver, mut controller_manager, mut istiod, .. } =
+            self.control_plane;
+        for process in [istiod.as_mut(), Some(&mut controller_manager), Some(&mut apiserver)]
+            .into_iter()
+            .chain([Some(&mut etcd)])
+            .flatten()
+        {
+            let _ = process.kill().await;
+        }
+    }
+}
+
+/// A GET (for gRPC: a unary call) of `/`.
+pub fn request(protocol: Protocol, authority: &str, connect: SocketAddr) -> Call {
+    let grpc = protocol == Protocol::Grpc;
+    Call {
+        protocol,
+        method: "GET".into(),
+        authority: authority.into(),
+        path: if grpc { "/lab.Echo/Say" } else { "/" }.into(),
+        connect,
+        headers: BTreeMap::new(),
+        body_bytes: 0,
+        timeout: Duration::from_secs(15),
+    }
+}
+
+/// The file of the checkout, for tests that apply what the repository ships.
+///
+/// # Errors
+/// Fails when there is no such file.
+pub fn shipped(path: &str) -> anyhow::Result<String> {
+    let path = checkout().join(path);
+    std::fs::read_to_string(&path).with_context(|| path.display().to_string())
+}

@@ -1,0 +1,87 @@
+//! The processes of a lab: each with a log file, ended in the reverse order of their start.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::process::{Child, Command};
+
+/// A running program.
+#[derive(Debug)]
+pub struct Process {
+    pub name: String,
+    pub log: PathBuf,
+    child: Child,
+}
+
+impl Process {
+    /// Starts `command` with its output in `logs/NAME.log`; a further start appends.
+    ///
+    /// # Errors
+    /// Fails when the log cannot be made or the program cannot start.
+    pub fn start(name: &str, logs: &Path, mut command: Command) -> anyhow::Result<Self> {
+        let log = logs.join(format!("{name}.log"));
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("the log {}", log.display()))?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("could not start {name}"))?;
+        Ok(Self { name: name.to_owned(), log, child })
+    }
+
+    pub fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Fails with the end of its log when the program has ended.
+    ///
+    /// # Errors
+    /// The program's exit status and last lines.
+    pub fn still_runs(&mut self) -> anyhow::Result<()> {
+        if let Some(status) = self.child.try_wait()? {
+            bail!("{} ended, {status}:\n{}", self.name, tail(&self.log, 20));
+        }
+        Ok(())
+    }
+
+    /// SIGKILL, and no chance to say goodbye.
+    ///
+    /// # Errors
+    /// Fails when the signal cannot be sent.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill().await.with_context(|| format!("could not end {}", self.name))
+    }
+
+    /// SIGTERM, then SIGKILL after `patience`. Says whether the program ended by itself.
+    ///
+    /// # Errors
+    /// Fails when a signal cannot be sent.
+    pub async fn stop(&mut self, patience: Duration) -> anyhow::Result<bool> {
+        let Some(id) = self.id() else { return Ok(true) };
+        if let Some(pid) = i32::try_from(id).ok().and_then(rustix::process::Pid::from_raw) {
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        if tokio::time::timeout(patience, self.child.wait()).await.is_ok() {
+            return Ok(true);
+        }
+        self.kill().await?;
+        Ok(false)
+    }
+}
+
+/// The last lines of a file.
+pub fn tail(path: &Path, lines: usize) -> String {
+    let text = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
