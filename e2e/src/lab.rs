@@ -16,7 +16,7 @@ use tokio::process::Command;
 use crate::app::{Call, Outcome, Protocol};
 use crate::control_plane::{ADDRESS, ControlPlane, client};
 use crate::isolate::{self, SCRATCH, run};
-use crate::pod::{Pod, PodSpec, Surroundings};
+use crate::pod::{NODE, Pod, PodSpec, Surroundings};
 use crate::tools::{Tools, checkout};
 use crate::wait::eventually;
 
@@ -108,6 +108,7 @@ impl Lab {
             pods: BTreeMap::new(),
             started: 1,
         };
+        lab.apply(&format!("{{apiVersion: v1, kind: Node, metadata: {{name: {NODE}}}}}")).await?;
         lab.namespace("istio-system").await?;
         lab.kubectl(&["apply", "--server-side", "-f", &lab.tools.istio_crds.to_string_lossy()])
             .await?;

@@ -18,6 +18,8 @@ use crate::tools::Tools;
 
 /// The user that a sidecar runs as; iptables lets its traffic through.
 const PROXY_USER: &str = "1337";
+/// The only node; the EndpointSlice controller skips pods of nodes that do not exist.
+pub(crate) const NODE: &str = "lab";
 
 /// What runs beside the sidecar.
 #[derive(Clone, Debug, Default)]
@@ -119,6 +121,7 @@ impl PodSpec {
             "metadata": {"name": self.name, "namespace": self.namespace, "labels": labels},
             "spec": {
                 "serviceAccountName": self.service_account,
+                "nodeName": NODE,
                 "containers": [{"name": "app", "image": "lab"}],
             },
         })
