@@ -1,0 +1,140 @@
+//! The slice of Istio's API that Fenceline reads and writes. Fields that it does not know are kept (`other`), so that
+//! what is read can be compared and written back whole. Proven in the lab against Istio's own CRDs.
+
+use std::collections::BTreeMap;
+
+use kube::CustomResource;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Fields of an object that this slice does not name.
+pub type Other = BTreeMap<String, Value>;
+
+/// <https://istio.io/latest/docs/reference/config/networking/sidecar/>
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "networking.istio.io",
+    version = "v1",
+    kind = "Sidecar",
+    namespaced,
+    schema = "disabled",
+    derive = "PartialEq",
+    derive = "Default"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct SidecarSpec {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload_selector: Option<WorkloadSelector>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub egress: Vec<EgressListener>,
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+/// Pods of the object's namespace, by their labels.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkloadSelector {
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EgressListener {
+    /// `NAMESPACE/FQDN`.
+    pub hosts: Vec<String>,
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+/// <https://istio.io/latest/docs/reference/config/networking/envoy-filter/>
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "networking.istio.io",
+    version = "v1alpha3",
+    kind = "EnvoyFilter",
+    namespaced,
+    schema = "disabled",
+    derive = "PartialEq",
+    derive = "Default"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct EnvoyFilterSpec {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload_selector: Option<WorkloadSelector>,
+    /// Each a patch of Envoy's own configuration, in Envoy's own words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub config_patches: Vec<Value>,
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+/// <https://istio.io/latest/docs/reference/config/networking/virtual-service/>
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "networking.istio.io",
+    version = "v1",
+    kind = "VirtualService",
+    namespaced,
+    schema = "disabled",
+    derive = "PartialEq",
+    derive = "Default"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct VirtualServiceSpec {
+    /// Empty for a delegate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<String>,
+    /// Absent is `mesh`: every sidecar.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gateways: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub export_to: Vec<String>,
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+/// <https://istio.io/latest/docs/reference/config/networking/service-entry/>
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "networking.istio.io",
+    version = "v1",
+    kind = "ServiceEntry",
+    namespaced,
+    schema = "disabled",
+    derive = "PartialEq",
+    derive = "Default"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceEntrySpec {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub export_to: Vec<String>,
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Sidecar;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn fields_that_are_not_known_survive_reading_and_writing() {
+        let sidecar = json!({
+            "apiVersion": "networking.istio.io/v1", "kind": "Sidecar",
+            "metadata": {"name": "theirs", "namespace": "shop"},
+            "spec": {
+                "workloadSelector": {"labels": {"app": "cart"}},
+                "egress": [{"hosts": ["./*"], "bind": "127.0.0.1"}],
+                "outboundTrafficPolicy": {"mode": "REGISTRY_ONLY"},
+            },
+        });
+        let read: Sidecar = serde_json::from_value(sidecar.clone()).unwrap();
+        assert_eq!(serde_json::to_value(read).unwrap(), sidecar, "{:?}", Value::Null);
+    }
+}
