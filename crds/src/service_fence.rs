@@ -1,5 +1,7 @@
 //! `ServiceFence`: the scope of one workload.
 
+#![allow(unreachable_pub, reason = "KubeSchema repeats each struct in a place of its own")]
+
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;

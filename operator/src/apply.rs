@@ -1,0 +1,203 @@
+//! The only module that writes objects: server-side apply, drift repair, removal. It writes what differs from what the
+//! watches last saw, and nothing else.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::metrics::{Metrics, write};
+use crate::world::Key;
+
+/// Our field manager, and the value of [`MANAGED_BY`].
+pub const MANAGER: &str = "fenceline";
+/// <https://kubernetes.io/docs/concepts/overview/working-with-objects/common-labels/>
+pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// Names the fence that an object was written for.
+pub const FENCE_LABEL: &str = "fenceline.dev/service-fence";
+
+/// A write that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("could not {verb} {kind} {object}")]
+    Write {
+        verb: &'static str,
+        kind: &'static str,
+        object: Key,
+        #[source]
+        source: Box<kube::Error>,
+    },
+    #[error("{kind} {object} is not ours")]
+    NotOurs { kind: &'static str, object: Key },
+}
+
+/// A kind that Fenceline writes whole: objects with a spec.
+pub trait Owned:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope>
+    + Clone
+    + Debug
+    + Serialize
+    + DeserializeOwned
+    + Send
+    + Sync
+    + 'static
+{
+    type Spec: PartialEq + Serialize + Sync;
+    const KIND: &'static str;
+
+    fn spec(&self) -> &Self::Spec;
+}
+
+impl Owned for Sidecar {
+    type Spec = fenceline_crds::istio::SidecarSpec;
+    const KIND: &'static str = "Sidecar";
+
+    fn spec(&self) -> &Self::Spec {
+        &self.spec
+    }
+}
+
+impl Owned for EnvoyFilter {
+    type Spec = fenceline_crds::istio::EnvoyFilterSpec;
+    const KIND: &'static str = "EnvoyFilter";
+
+    fn spec(&self) -> &Self::Spec {
+        &self.spec
+    }
+}
+
+/// Writes objects.
+#[derive(Clone)]
+pub struct Writer {
+    client: Client,
+    metrics: Arc<Metrics>,
+}
+
+impl Writer {
+    pub fn new(client: Client, metrics: Arc<Metrics>) -> Self {
+        Self { client, metrics }
+    }
+
+    /// Makes the object in the cluster be `want`, where `have` is what the watch last saw. Says whether it wrote.
+    ///
+    /// # Errors
+    /// Fails when somebody else's object has this name, or when the API refuses.
+    pub async fn ensure<K: Owned>(&self, want: &K, have: Option<&K>) -> Result<bool, Error> {
+        let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
+        match have {
+            Some(have) if !is_ours(have, want) => {
+                return Err(Error::NotOurs { kind: K::KIND, object });
+            }
+            Some(have) if is_as_wanted(have, want) => return Ok(false),
+            _ => {}
+        }
+        let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
+        let params = PatchParams::apply(MANAGER).force();
+        let written = api.patch(&object.name, &params, &Patch::Apply(want)).await;
+        let written = self.done(K::KIND, "apply", &object, written)?;
+        if !same_spec(&written, want) {
+            // Apply leaves alone what another manager added, and a fence's objects are the fence's alone.
+            let rest = undo(&written, want);
+            let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
+            let patched = api.patch(&object.name, &params, &Patch::<()>::Json(rest)).await;
+            self.done(K::KIND, "apply", &object, patched)?;
+        }
+        Ok(true)
+    }
+
+    /// Deletes an object of ours, exactly the one that the watch saw.
+    ///
+    /// # Errors
+    /// Fails when the API refuses; an object that is already gone is a success.
+    pub async fn remove<K: Owned>(&self, have: &K) -> Result<(), Error> {
+        let object = Key::new(have.namespace().unwrap_or_default(), have.name_any());
+        let params = DeleteParams {
+            preconditions: Some(Preconditions { uid: have.uid(), resource_version: None }),
+            ..DeleteParams::default()
+        };
+        let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
+        match api.delete(&object.name, &params).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+            other => self.done(K::KIND, "delete", &object, other).map(drop),
+        }
+    }
+
+    /// Adds `ports` to the global proxy's Service, and takes away those of ours that are not among them. Ports that
+    /// others put there stay theirs.
+    ///
+    /// # Errors
+    /// Fails when the API refuses.
+    pub async fn ensure_ports(
+        &self,
+        service: &Key,
+        ports: &BTreeSet<u16>,
+        target_port: u16,
+    ) -> Result<(), Error> {
+        let ports: Vec<Value> = ports
+            .iter()
+            .map(|port| {
+                json!({"name": format!("http-{port}"), "port": port, "protocol": "TCP", "targetPort": target_port})
+            })
+            .collect();
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": service.name, "namespace": service.namespace},
+            "spec": {"ports": ports},
+        });
+        let api: Api<Service> = Api::namespaced(self.client.clone(), &service.namespace);
+        let params = PatchParams::apply(MANAGER).force();
+        let written = api.patch(&service.name, &params, &Patch::Apply(object)).await;
+        self.done("Service", "apply", service, written).map(drop)
+    }
+
+    fn done<T>(
+        &self,
+        kind: &'static str,
+        verb: &'static str,
+        object: &Key,
+        result: kube::Result<T>,
+    ) -> Result<T, Error> {
+        self.metrics.writes.get_or_create(&write(kind, verb, result.is_ok())).inc();
+        match &result {
+            Ok(_) => tracing::info!(kind, verb, %object, "wrote"),
+            Err(error) => self.metrics.api.check(error),
+        }
+        result.map_err(|source| Error::Write {
+            verb,
+            kind,
+            object: object.clone(),
+            source: Box::new(source),
+        })
+    }
+}
+
+fn is_ours<K: Resource>(have: &K, want: &K) -> bool {
+    have.labels().get(FENCE_LABEL) == want.labels().get(FENCE_LABEL)
+        && have.labels().get(MANAGED_BY).is_some_and(|manager| manager == MANAGER)
+}
+
+fn same_spec<K: Owned>(have: &K, want: &K) -> bool {
+    have.spec() == want.spec()
+}
+
+/// Whether everything that we would write is there, and nothing else in the spec.
+fn is_as_wanted<K: Owned>(have: &K, want: &K) -> bool {
+    let labelled = want.labels().iter().all(|(key, value)| have.labels().get(key) == Some(value));
+    let is_there = |owner| have.owner_references().contains(owner);
+    same_spec(have, want) && labelled && want.owner_references().iter().all(is_there)
+}
+
+/// The patch from the spec that is there to the one that should be.
+fn undo<K: Owned>(have: &K, want: &K) -> json_patch::Patch {
+    let spec = |object: &K| json!({"spec": serde_json::to_value(object.spec()).unwrap_or_default()});
+    json_patch::diff(&spec(have), &spec(want))
+}

@@ -1,0 +1,309 @@
+//! Learning: what was seen becomes durable in the fence's status, whichever replica saw it.
+//!
+//! Nothing polls: the first new host of a fence starts a short wait for company ([`COALESCE`]), then one write takes
+//! all of them. What cannot be written is kept and tried again.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use fenceline_crds::{
+    Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost,
+};
+use jiff::{SignedDuration, Timestamp};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+use crate::observe::resolve::Unresolved;
+use crate::status::StatusWriter;
+use crate::world::{Key, World};
+
+/// How long the first new host of a fence waits for others.
+pub const COALESCE: Duration = Duration::from_millis(20);
+/// `lastSeen` is kept to the hour: it costs a write.
+const FRESH: SignedDuration = SignedDuration::from_hours(1);
+/// How many unresolved names a fence shows.
+const SHOWN: usize = 8;
+/// Unresolved names alone are written at most this often for each fence: whoever forges names must not make us write.
+const UNRESOLVED_EVERY: Duration = Duration::from_secs(60);
+/// How long a failed write waits for its next attempt.
+const RETRY: Duration = Duration::from_millis(500);
+/// Hosts whose learning is timed at any moment; more are learnt untimed.
+const TIMED: usize = 16_384;
+
+/// What there is to write for one fence.
+#[derive(Clone, Debug, Default)]
+struct Pending {
+    hosts: BTreeMap<String, Timestamp>,
+    /// The youngest last; bounded.
+    unresolved: VecDeque<UnresolvedHost>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    pending: HashMap<Key, Pending>,
+    /// When unresolved names of a fence were last written.
+    shown: HashMap<Key, Instant>,
+    /// When each host that is being learnt was first reported.
+    since: HashMap<(Key, String), Instant>,
+}
+
+/// Takes in what was seen and writes it.
+pub struct Learner {
+    inbox: Mutex<Inbox>,
+    wake: Notify,
+    status: Arc<StatusWriter>,
+    world: watch::Receiver<Arc<World>>,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+}
+
+/// What became of an observation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// New, or seen again after an hour: it will be written.
+    Learnt,
+    /// Nothing to write.
+    Known,
+}
+
+impl Learner {
+    pub fn new(
+        status: Arc<StatusWriter>,
+        world: watch::Receiver<Arc<World>>,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+    ) -> Arc<Self> {
+        let (inbox, wake) = (Mutex::default(), Notify::new());
+        Arc::new(Self { inbox, wake, status, world, metrics, clock })
+    }
+
+    fn inbox(&self) -> std::sync::MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A fence's workload called a host; `received` is when we were told.
+    pub fn saw(&self, world: &World, fence: &Key, fqdn: &str, received: Instant) -> Noted {
+        let now = (self.clock)();
+        let known = world.fences.get(fence).is_some_and(|fence| is_known(fence, fqdn, now));
+        if known {
+            return Noted::Known;
+        }
+        let mut inbox = self.inbox();
+        inbox.pending.entry(fence.clone()).or_default().hosts.insert(fqdn.to_owned(), now);
+        if inbox.since.len() < TIMED {
+            inbox.since.entry((fence.clone(), fqdn.to_owned())).or_insert(received);
+        }
+        drop(inbox);
+        self.wake.notify_one();
+        Noted::Learnt
+    }
+
+    /// A fence's workload called a name that nothing answers to. Bounded, whatever is called.
+    pub fn saw_unresolved(&self, fence: &Key, name: &str, why: Unresolved) {
+        let host: String = name.chars().filter(|c| !c.is_control()).take(253).collect();
+        let entry = UnresolvedHost { host, reason: why.reason().to_owned() };
+        let mut inbox = self.inbox();
+        let unresolved = &mut inbox.pending.entry(fence.clone()).or_default().unresolved;
+        unresolved.retain(|old| *old != entry);
+        unresolved.push_back(entry);
+        while unresolved.len() > SHOWN {
+            unresolved.pop_front();
+        }
+        drop(inbox);
+        self.wake.notify_one();
+    }
+
+    /// A Sidecar with these hosts was stored: the clock of those that were just learnt stops.
+    pub fn stored<'a>(&self, fence: &Key, hosts: impl Iterator<Item = &'a str>) {
+        let mut inbox = self.inbox();
+        if inbox.since.is_empty() {
+            return;
+        }
+        for host in hosts {
+            if let Some(since) = inbox.since.remove(&(fence.clone(), host.to_owned())) {
+                let took = since.elapsed();
+                self.metrics.learning.observe(took.as_secs_f64());
+                tracing::info!(%fence, host, took_us = took.as_micros(), "in scope");
+            }
+        }
+    }
+
+    /// Writes what comes in, for ever.
+    pub async fn run(self: Arc<Self>) {
+        loop {
+            self.wake.notified().await;
+            loop {
+                tokio::time::sleep(COALESCE).await;
+                let (due, later) = self.due();
+                let failed = self.write(due).await;
+                if failed {
+                    tokio::time::sleep(RETRY).await;
+                } else if let Some(later) = later {
+                    // Names that may not be shown yet; anything new comes first.
+                    tokio::select! {
+                        () = tokio::time::sleep(later) => {}
+                        () = self.wake.notified() => {}
+                    }
+                } else {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Waits until every host that was seen is stored.
+    pub async fn flush(&self) {
+        let waiting = || self.inbox().pending.values().any(|pending| !pending.hosts.is_empty());
+        while waiting() || self.metrics.waiting.get() > 0.0 {
+            tokio::time::sleep(COALESCE).await;
+        }
+    }
+
+    /// Takes what may be written now; says when something else may.
+    fn due(&self) -> (HashMap<Key, Pending>, Option<Duration>) {
+        let mut inbox = self.inbox();
+        let Inbox { pending, shown, .. } = &mut *inbox;
+        shown.retain(|_, since| since.elapsed() < UNRESOLVED_EVERY);
+        let mut due = HashMap::new();
+        let mut later: Option<Duration> = None;
+        for (fence, mut waiting) in std::mem::take(pending) {
+            let wait = shown.get(&fence).map(|since| UNRESOLVED_EVERY - since.elapsed());
+            match wait {
+                None => {
+                    if !waiting.unresolved.is_empty() {
+                        shown.insert(fence.clone(), Instant::now());
+                    }
+                    due.insert(fence, waiting);
+                }
+                Some(wait) => {
+                    let unresolved = std::mem::take(&mut waiting.unresolved);
+                    if !unresolved.is_empty() {
+                        later = Some(later.map_or(wait, |later| later.min(wait)));
+                        let kept = Pending { unresolved, ..Pending::default() };
+                        pending.insert(fence.clone(), kept);
+                    }
+                    if !waiting.hosts.is_empty() {
+                        due.insert(fence, waiting);
+                    }
+                }
+            }
+        }
+        (due, later)
+    }
+
+    /// Writes all that is due, the fences side by side. Says whether something has to be tried again.
+    async fn write(self: &Arc<Self>, due: HashMap<Key, Pending>) -> bool {
+        let hosts: usize = due.values().map(|pending| pending.hosts.len()).sum();
+        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+        self.metrics.waiting.set(hosts as f64);
+        let mut writes = JoinSet::new();
+        for (fence, pending) in due {
+            let learner = Arc::clone(self);
+            let world = self.world.borrow().clone();
+            writes.spawn(async move {
+                let change = |fence: &ServiceFence| merge(fence, &pending);
+                let result = learner.status.update(&world, &fence, change).await;
+                result.map_err(|error| (fence, pending, error))
+            });
+        }
+        let mut failed = false;
+        while let Some(written) = writes.join_next().await {
+            let Ok(Err((fence, pending, error))) = written else { continue };
+            let error = crate::chain(&error);
+            tracing::warn!(%fence, error, "what was learnt is not stored yet; trying again");
+            failed = true;
+            let mut inbox = self.inbox();
+            let kept = inbox.pending.entry(fence).or_default();
+            for (host, seen) in pending.hosts {
+                kept.hosts.entry(host).or_insert(seen);
+            }
+        }
+        if !failed {
+            self.metrics.waiting.set(0.0);
+        }
+        failed
+    }
+}
+
+fn is_known(fence: &ServiceFence, fqdn: &str, now: Timestamp) -> bool {
+    let learnt = fence.status.iter().flat_map(|status| &status.dependencies);
+    let mut same = learnt.filter(|learnt| learnt.host == fqdn);
+    same.any(|learnt| now.duration_since(learnt.last_seen) < FRESH)
+}
+
+/// The fence's status with what was seen.
+fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
+    let mut status = fence.status.clone().unwrap_or_default();
+    for (host, seen) in &pending.hosts {
+        match status.dependencies.iter_mut().find(|learnt| learnt.host == *host) {
+            Some(learnt) => {
+                if seen.duration_since(learnt.last_seen) >= FRESH {
+                    learnt.last_seen = *seen;
+                }
+                if !learnt.evidence.contains(&Evidence::GlobalProxy) {
+                    learnt.evidence.push(Evidence::GlobalProxy);
+                }
+            }
+            None => status.dependencies.push(LearntDependency {
+                host: host.clone(),
+                evidence: vec![Evidence::GlobalProxy],
+                first_seen: *seen,
+                last_seen: *seen,
+            }),
+        }
+    }
+    status.dependencies.sort_by(|a, b| a.host.cmp(&b.host));
+    let old: BTreeSet<&str> = pending.unresolved.iter().map(|new| new.host.as_str()).collect();
+    status.unresolved.retain(|entry| !old.contains(entry.host.as_str()));
+    status.unresolved.extend(pending.unresolved.iter().cloned());
+    let excess = status.unresolved.len().saturating_sub(SHOWN);
+    status.unresolved.drain(..excess);
+    status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::fence;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn seen(hosts: &[&str], second: i64) -> Pending {
+        let hosts = hosts.iter().map(|host| ((*host).to_owned(), at(second))).collect();
+        Pending { hosts, ..Pending::default() }
+    }
+
+    #[test]
+    fn learning_adds_and_never_takes_away() {
+        let mut cart = fence("shop", "cart", "{}");
+        cart.status = Some(merge(&cart, &seen(&["b", "a"], 0)));
+        cart.status = Some(merge(&cart, &seen(&["c"], 10)));
+        let status = cart.status.clone().unwrap();
+        let hosts: Vec<&str> = status.dependencies.iter().map(|d| d.host.as_str()).collect();
+        assert_eq!(hosts, ["a", "b", "c"]);
+        // Seen again within the hour: nothing to write.
+        assert_eq!(merge(&cart, &seen(&["a"], 3599)), status);
+        assert!(is_known(&cart, "a", at(3599)));
+        let later = merge(&cart, &seen(&["a"], 3600));
+        assert_eq!(later.dependencies[0].last_seen, at(3600));
+        assert_eq!(later.dependencies[0].first_seen, at(0));
+    }
+
+    #[test]
+    fn unresolved_names_are_few_and_the_youngest() {
+        let mut cart = fence("shop", "cart", "{}");
+        for number in 0..100 {
+            let entry = UnresolvedHost { host: format!("junk-{number}"), reason: "x".into() };
+            let pending = Pending { unresolved: [entry].into(), ..Pending::default() };
+            cart.status = Some(merge(&cart, &pending));
+        }
+        let unresolved = cart.status.unwrap().unresolved;
+        assert_eq!(unresolved.len(), SHOWN);
+        assert_eq!(unresolved[SHOWN - 1].host, "junk-99");
+    }
+}

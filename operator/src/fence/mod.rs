@@ -1,0 +1,244 @@
+//! The controller of fences: gather (the world), plan, apply, status. Learning feeds it through the fences' own status.
+
+pub mod learn;
+pub mod plan;
+mod redirect;
+mod said;
+pub mod select;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fenceline_crds::ServiceFence;
+use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use futures::{Stream, StreamExt};
+use kube::api::ObjectMeta;
+use kube::runtime::controller::{Action, Config, ReconcileRequest, applier};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Resource, ResourceExt};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
+use crate::clock::Clock;
+use crate::fence::learn::Learner;
+use crate::fence::plan::{Objects, Plan, Verdict, object_name, plan};
+use crate::metrics::Metrics;
+use crate::status::{self, StatusWriter};
+use crate::world::feed::Concerned;
+use crate::world::{Host, Key, World};
+
+/// What was missed is healed this often.
+const RESYNC: Duration = Duration::from_secs(600);
+/// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
+const PAUSE: Duration = Duration::from_millis(250);
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// How many fences are worked on side by side.
+const CONCURRENCY: u16 = 32;
+
+/// What the planner must know of the installation.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The global proxy's Service.
+    pub global_proxy: Key,
+    /// Its port for calls to be passed on.
+    pub forward_port: u16,
+    pub cluster_domain: String,
+}
+
+impl Settings {
+    pub fn global_proxy_host(&self) -> String {
+        let Key { namespace, name } = &self.global_proxy;
+        format!("{name}.{namespace}.svc.{}", self.cluster_domain)
+    }
+
+    fn global_proxy(&self) -> Host {
+        Host { namespace: self.global_proxy.namespace.clone(), fqdn: self.global_proxy_host() }
+    }
+}
+
+/// The labels and the owner of a fence's objects: they go when it goes.
+fn owned(fence: &ServiceFence) -> ObjectMeta {
+    let labels = [
+        (MANAGED_BY.to_owned(), MANAGER.to_owned()),
+        (FENCE_LABEL.to_owned(), fence.name_any()),
+    ];
+    ObjectMeta {
+        labels: Some(labels.into()),
+        owner_references: Some(fence.controller_owner_ref(&()).into_iter().collect()),
+        ..ObjectMeta::default()
+    }
+}
+
+/// A reconciliation that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the fence's objects")]
+    Apply(#[from] apply::Error),
+    #[error("the fence's status")]
+    Status(#[from] status::Error),
+}
+
+/// What a reconciliation works with.
+pub struct Context {
+    pub world: watch::Receiver<Arc<World>>,
+    pub writer: Writer,
+    pub status: Arc<StatusWriter>,
+    pub learner: Arc<Learner>,
+    pub settings: Settings,
+    pub metrics: Arc<Metrics>,
+    pub clock: Clock,
+    pub failures: std::sync::Mutex<std::collections::HashMap<Key, u32>>,
+}
+
+/// Acts on fences for as long as it is polled: the leader's work.
+pub async fn run(
+    context: Arc<Context>,
+    fences: Store<ServiceFence>,
+    concerned: &mut mpsc::UnboundedReceiver<Concerned>,
+) {
+    // What came while another replica led is covered by looking at everything once.
+    while concerned.try_recv().is_ok() {}
+    let (queue, requests) = mpsc::unbounded_channel();
+    let everything = Concerned { all: true, ..Concerned::default() };
+    enqueue(&context, &everything, &queue);
+    let feed = async {
+        while let Some(concerned) = concerned.recv().await {
+            enqueue(&context, &concerned, &queue);
+        }
+    };
+    let work = reconciliations(&context, fences, requests);
+    tokio::join!(feed, work.for_each(|()| std::future::ready(())));
+}
+
+fn reconciliations(
+    context: &Arc<Context>,
+    fences: Store<ServiceFence>,
+    requests: mpsc::UnboundedReceiver<ObjectRef<ServiceFence>>,
+) -> impl Stream<Item = ()> + use<> {
+    let requests = UnboundedReceiverStream::new(requests)
+        .map(|fence| Ok::<_, Infallible>(ReconcileRequest::from(fence)));
+    applier(
+        |fence: Arc<ServiceFence>, context: Arc<Context>| {
+            Box::pin(async move { reconcile(&fence, &context).await })
+        },
+        |fence: Arc<ServiceFence>, error: &Error, context: Arc<Context>| {
+            retry(&fence, error, &context)
+        },
+        Arc::clone(context),
+        fences,
+        requests,
+        Config::default().concurrency(CONCURRENCY),
+    )
+    .map(|_| ())
+}
+
+/// Puts every fence that a change concerns into the queue.
+fn enqueue(
+    context: &Context,
+    concerned: &Concerned,
+    queue: &mpsc::UnboundedSender<ObjectRef<ServiceFence>>,
+) {
+    let world = Arc::clone(&context.world.borrow());
+    let finds = |fence: &ServiceFence| {
+        fence.spec.dependencies.iter().any(|dependency| dependency.services.is_some())
+    };
+    for (key, fence) in &world.fences {
+        let wanted = concerned.all
+            || concerned.fences.contains(key)
+            || concerned.namespaces.contains(&key.namespace)
+            || (concerned.with_selectors && finds(fence));
+        if wanted && queue.send(ObjectRef::new(&key.name).within(&key.namespace)).is_err() {
+            return;
+        }
+    }
+    for key in concerned.fences.iter().filter(|key| !world.fences.contains_key(*key)) {
+        context.status.forget(key);
+    }
+}
+
+#[tracing::instrument(skip_all, fields(
+    kind = "ServiceFence",
+    ns = fence.namespace(),
+    name = fence.name_any(),
+    generation = fence.metadata.generation,
+))]
+async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Error> {
+    let key = Key::new(fence.namespace().unwrap_or_default(), fence.name_any());
+    let world = Arc::clone(&context.world.borrow());
+    // The newest status: what was learnt a moment ago is in it before the watch shows it.
+    let Some(fence) = context.status.newest(&world, &key) else {
+        return Ok(Action::await_change());
+    };
+    if fence.metadata.deletion_timestamp.is_some() {
+        return Ok(Action::await_change());
+    }
+    let plan = plan(&fence, &world, &context.settings, (context.clock)());
+    apply(&key, &plan, &world, context).await?;
+    report(&key, &fence, &plan, &world, context).await?;
+    let mut failures = context.failures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    failures.remove(&key);
+    let ends = plan.again_in.and_then(|end| Duration::try_from(end).ok());
+    Ok(Action::requeue(ends.map_or(RESYNC, |end| end.min(RESYNC).max(Duration::from_millis(1)))))
+}
+
+/// The order of writes. Adding: the redirect first, since until the Sidecar narrows the scope it catches nothing, and
+/// from then on every call out of scope needs it. Taking away: the Sidecar first, for the same reason.
+async fn apply(key: &Key, plan: &Plan, world: &World, context: &Context) -> Result<(), Error> {
+    let object = Key::new(&key.namespace, object_name(&key.name));
+    let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
+    let sidecar = world.sidecars.get(&object).map(AsRef::as_ref);
+    if let Verdict::Enforce(objects) = &plan.verdict {
+        let Objects { redirect: want_redirect, sidecar: want_sidecar } = objects.as_ref();
+        context.writer.ensure::<EnvoyFilter>(want_redirect, redirect).await?;
+        if context.writer.ensure::<Sidecar>(want_sidecar, sidecar).await? {
+            let hosts = want_sidecar.spec.egress.iter().flat_map(|listener| &listener.hosts);
+            let names = hosts.filter_map(|host| host.split_once('/')).map(|(_, fqdn)| fqdn);
+            context.learner.stored(key, names);
+        }
+        return Ok(());
+    }
+    let ours = |labels: &std::collections::BTreeMap<String, String>| {
+        labels.get(FENCE_LABEL) == Some(&key.name)
+    };
+    if let Some(sidecar) = sidecar.filter(|sidecar| ours(sidecar.labels())) {
+        context.writer.remove(sidecar).await?;
+    }
+    if let Some(redirect) = redirect.filter(|redirect| ours(redirect.labels())) {
+        context.writer.remove(redirect).await?;
+    }
+    Ok(())
+}
+
+/// Writes the conditions and the scope, and an event where the fence's state changed.
+async fn report(
+    key: &Key,
+    fence: &ServiceFence,
+    plan: &Plan,
+    world: &World,
+    context: &Context,
+) -> Result<(), Error> {
+    let now = (context.clock)();
+    let before = said::ready_reason(fence);
+    let change = |fence: &ServiceFence| said::status(fence, plan, now);
+    context.status.update(world, key, change).await?;
+    let ready = said::ready(plan);
+    if before.as_deref() != Some(ready.reason) {
+        tracing::info!(reason = ready.reason, message = ready.message, "fence changed");
+        let warning = !ready.status;
+        context.status.event(fence, warning, ready.reason, ready.message).await;
+    }
+    Ok(())
+}
+
+fn retry(fence: &ServiceFence, error: &Error, context: &Context) -> Action {
+    let key = Key::new(fence.namespace().unwrap_or_default(), fence.name_any());
+    let mut failures = context.failures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let failed = failures.entry(key.clone()).or_default();
+    let pause = PAUSE.saturating_mul(1 << (*failed).min(10)).min(MAX_PAUSE);
+    *failed += 1;
+    context.metrics.reconcile_errors.inc();
+    tracing::warn!(fence = %key, error = crate::chain(error), ?pause, "trying again");
+    Action::requeue(pause)
+}

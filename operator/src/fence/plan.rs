@@ -1,0 +1,271 @@
+//! What a fence should make of Istio's configuration: a plain function of the fence, the world and the time.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fenceline_crds::istio::{
+    EgressListener, EnvoyFilter, Sidecar, SidecarSpec, WorkloadSelector,
+};
+use fenceline_crds::{Mode, Scope, ServiceFence, ServiceSelector};
+use jiff::{SignedDuration, Timestamp};
+use kube::api::ObjectMeta;
+use kube::core::{Selector, SelectorExt};
+
+use super::redirect::redirect;
+use super::select::{self, Labels, NoPods};
+use super::{Settings, owned};
+use crate::observe::resolve::resolve;
+use crate::world::feed::fence_of;
+use crate::world::{Host, Key, World};
+
+/// What to do about a fence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    pub verdict: Verdict,
+    pub scope: Scope,
+    /// Declared dependencies that mean nothing, each with why; they do not stop the others.
+    pub remarks: Vec<String>,
+    /// When time alone changes the plan: a declaration ends.
+    pub again_in: Option<SignedDuration>,
+}
+
+/// What becomes of the fence's objects.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// Both objects are as given.
+    Enforce(Box<Objects>),
+    /// Nothing of ours is there.
+    Observe,
+    /// Nothing of ours is there, since it has no pods.
+    NoPods(NoPods),
+    /// Nothing of ours is there, since somebody else's Sidecar configures the same pods.
+    Conflicted(Vec<Key>),
+}
+
+/// The objects of an enforced fence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Objects {
+    pub redirect: EnvoyFilter,
+    pub sidecar: Sidecar,
+}
+
+/// The name of a fence's objects.
+pub fn object_name(fence: &str) -> String {
+    format!("fenceline-{fence}")
+}
+
+/// Plans one fence.
+pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Timestamp) -> Plan {
+    let namespace = fence.metadata.namespace.clone().unwrap_or_default();
+    let scoped = scope(fence, &namespace, world, settings, now);
+    let verdict = match select::labels(fence, world) {
+        Err(why) => Verdict::NoPods(why),
+        Ok(labels) => match foreign_sidecars(fence, &labels, world) {
+            others if !others.is_empty() => Verdict::Conflicted(others),
+            _ if fence.spec.mode == Mode::Observe => Verdict::Observe,
+            _ => Verdict::Enforce(Box::new(Objects {
+                redirect: EnvoyFilter {
+                    metadata: metadata(fence),
+                    spec: redirect(&labels, world, settings),
+                },
+                sidecar: Sidecar {
+                    metadata: metadata(fence),
+                    spec: sidecar(labels, &scoped.hosts),
+                },
+            })),
+        },
+    };
+    Plan {
+        verdict,
+        scope: scoped.counts,
+        remarks: scoped.remarks,
+        again_in: scoped.next_end.map(|end| end.duration_since(now)),
+    }
+}
+
+fn metadata(fence: &ServiceFence) -> ObjectMeta {
+    let name = fence.metadata.name.clone().unwrap_or_default();
+    ObjectMeta {
+        name: Some(object_name(&name)),
+        namespace: fence.metadata.namespace.clone(),
+        ..owned(fence)
+    }
+}
+
+/// Exact hosts only: one wildcard would make istiod look at every service of the mesh (istio#60473). Never an empty
+/// list, which would mean everything (istio#59376): the global proxy is always in it.
+fn sidecar(labels: Labels, hosts: &BTreeSet<Host>) -> SidecarSpec {
+    SidecarSpec {
+        workload_selector: Some(WorkloadSelector { labels, ..WorkloadSelector::default() }),
+        egress: vec![EgressListener {
+            hosts: hosts.iter().map(Host::to_string).collect(),
+            ..EgressListener::default()
+        }],
+        ..SidecarSpec::default()
+    }
+}
+
+/// Sidecars that people wrote and that configure pods of this fence: of two, istiod takes the older, so ours might win
+/// or lose by chance. One without a selector configures every pod of the namespace.
+fn foreign_sidecars(fence: &ServiceFence, labels: &Labels, world: &World) -> Vec<Key> {
+    let namespace = fence.metadata.namespace.as_deref().unwrap_or_default();
+    let ours = object_name(fence.metadata.name.as_deref().unwrap_or_default());
+    let of_namespace = world
+        .sidecars
+        .range(Key::new(namespace, "")..)
+        .take_while(|(key, _)| key.namespace == namespace);
+    of_namespace
+        .filter(|(key, sidecar)| {
+            let foreign = fence_of(sidecar.as_ref()).is_none();
+            foreign && (key.name == ours || selects(sidecar, labels, namespace, world))
+        })
+        .map(|(key, _)| key.clone())
+        .collect()
+}
+
+/// Whether a Sidecar selects pods that `labels` select: all of them by its labels, or one that runs.
+fn selects(sidecar: &Sidecar, labels: &Labels, namespace: &str, world: &World) -> bool {
+    let Some(selector) = &sidecar.spec.workload_selector else { return true };
+    let theirs = &selector.labels;
+    let shared = || {
+        world
+            .pods
+            .range(Key::new(namespace, "")..)
+            .take_while(|(key, _)| key.namespace == namespace)
+            .any(|(_, pod)| {
+                select::matches(theirs, &pod.labels) && select::matches(labels, &pod.labels)
+            })
+    };
+    select::matches(theirs, labels) || shared()
+}
+
+#[derive(Default)]
+struct Scoped {
+    hosts: BTreeSet<Host>,
+    counts: Scope,
+    remarks: Vec<String>,
+    next_end: Option<Timestamp>,
+}
+
+/// The hosts in the fence's scope, and why.
+fn scope(
+    fence: &ServiceFence,
+    namespace: &str,
+    world: &World,
+    settings: &Settings,
+    now: Timestamp,
+) -> Scoped {
+    let view = world.view(namespace);
+    let mut scoped = Scoped::default();
+    let mut always = view.always.clone();
+    always.insert(settings.global_proxy());
+    scoped.counts.always = count(always.len());
+
+    let learnt: BTreeSet<Host> =
+        learnt(fence, namespace, world).filter(|host| !always.contains(host)).collect();
+    scoped.counts.learnt = count(learnt.len());
+
+    let mut declared = BTreeSet::new();
+    for (index, dependency) in fence.spec.dependencies.iter().enumerate() {
+        if dependency.until.is_some_and(|until| until <= now) {
+            continue;
+        }
+        scoped.next_end = [scoped.next_end, dependency.until].into_iter().flatten().min();
+        if let Some(host) = &dependency.host {
+            match declared_host(world, namespace, host) {
+                Ok(host) => drop(declared.insert(host)),
+                Err(why) => {
+                    scoped.remarks.push(format!("spec.dependencies[{index}].host {host}: {why}"));
+                }
+            }
+        }
+        if let Some(services) = &dependency.services {
+            match found(world, namespace, services) {
+                Ok(hosts) => declared.extend(hosts),
+                Err(why) => {
+                    scoped.remarks.push(format!("spec.dependencies[{index}].services: {why}"));
+                }
+            }
+        }
+    }
+    scoped.counts.declared = count(declared.iter().filter(|host| !always.contains(host)).count());
+
+    scoped.hosts = always;
+    scoped.hosts.extend(learnt);
+    scoped.hosts.extend(declared);
+    scoped.counts.imported = count(scoped.hosts.len());
+    scoped.counts.visible = view.visible.max(scoped.counts.imported);
+    scoped
+}
+
+fn count(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
+
+/// What was learnt. A Service that is gone for the moment stays: a host that nothing answers to costs nothing, and when
+/// it comes back its first call is not one.
+fn learnt<'a>(
+    fence: &'a ServiceFence,
+    namespace: &'a str,
+    world: &'a World,
+) -> impl Iterator<Item = Host> {
+    let dependencies = fence.status.iter().flat_map(|status| &status.dependencies);
+    dependencies.flat_map(move |learnt| hosts_named(world, namespace, &learnt.host))
+}
+
+/// The hosts that a full name stands for in a Sidecar.
+fn hosts_named(world: &World, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
+    let mut hosts = world.providers(namespace, fqdn);
+    if hosts.is_empty()
+        && let Some(service) = world.service_named(fqdn)
+    {
+        hosts.insert(Host { namespace: service.namespace, fqdn: fqdn.to_owned() });
+    }
+    hosts
+}
+
+/// A declared host need not exist yet, where its name says which Service it will be.
+fn declared_host(world: &World, namespace: &str, host: &str) -> Result<Host, &'static str> {
+    let unknown = match resolve(world, namespace, host) {
+        Ok(host) => return Ok(host),
+        Err(unknown) => unknown,
+    };
+    let full = host.trim_end_matches('.').to_ascii_lowercase();
+    match world.service_named(&full) {
+        Some(service) => Ok(Host { namespace: service.namespace, fqdn: full }),
+        None => Err(match unknown {
+            crate::observe::resolve::Unresolved::Malformed => "not a DNS name",
+            crate::observe::resolve::Unresolved::Unknown => "nothing in the mesh answers to it",
+            crate::observe::resolve::Unresolved::NotExported => "not exported to this namespace",
+        }),
+    }
+}
+
+/// The Services that a selector finds, of those that the fence's namespace may see.
+fn found(
+    world: &World,
+    namespace: &str,
+    services: &ServiceSelector,
+) -> Result<Vec<Host>, String> {
+    let of_services = select::label_selector(&services.selector)?;
+    let of_namespaces = services.namespace_selector.as_ref().map(select::label_selector);
+    let of_namespaces = of_namespaces.transpose()?;
+    let empty = BTreeMap::new();
+    let in_namespace = |key: &Key, selector: &Option<Selector>| match selector {
+        None => key.namespace == namespace,
+        Some(selector) => {
+            let labels = world.namespaces.get(&key.namespace);
+            selector.matches(labels.map_or(&empty, AsRef::as_ref))
+        }
+    };
+    Ok(world
+        .services
+        .iter()
+        .filter(|(key, facts)| {
+            !facts.external_name
+                && facts.export_to.includes(namespace)
+                && of_services.matches(&facts.labels)
+                && in_namespace(key, &of_namespaces)
+        })
+        .map(|(key, _)| Host { namespace: key.namespace.clone(), fqdn: world.fqdn(key) })
+        .collect())
+}

@@ -1,0 +1,120 @@
+//! What a fence says of itself: conditions in plain words, and its scope.
+
+use fenceline_crds::{Scope, ServiceFence, ServiceFenceStatus};
+use jiff::Timestamp;
+
+use super::plan::{Plan, Verdict};
+use super::select::NoPods;
+use crate::status::{Said, set_conditions};
+
+const READY: &str = "Ready";
+const ENFORCED: &str = "Enforced";
+const CONFLICTED: &str = "Conflicted";
+
+/// The `Ready` condition of a plan that was carried out.
+pub(super) fn ready(plan: &Plan) -> Said {
+    let (status, reason, mut message) = match &plan.verdict {
+        Verdict::Enforce(_) => (true, "Enforced", in_scope(plan.scope, "are")),
+        Verdict::Observe => {
+            let text = format!("mode Observe: with Enforce, {}", in_scope(plan.scope, "would be"));
+            (true, "Observing", text)
+        }
+        Verdict::NoPods(NoPods::ServiceNotFound(service)) => {
+            let text = format!("Service {service} does not exist; its pods have their whole scope");
+            (false, "ServiceNotFound", text)
+        }
+        Verdict::NoPods(NoPods::ServiceWithoutSelector(service)) => {
+            let text = format!(
+                "Service {service} selects no pods by labels; give spec.workload.selector instead"
+            );
+            (false, "ServiceWithoutSelector", text)
+        }
+        Verdict::Conflicted(_) => (false, "Conflicted", conflict(plan)),
+    };
+    for remark in &plan.remarks {
+        message.push_str("; ignored: ");
+        message.push_str(remark);
+    }
+    Said { type_: READY, status, reason, message }
+}
+
+fn in_scope(scope: Scope, are: &str) -> String {
+    let Scope { imported, visible: _, learnt, declared, always } = scope;
+    format!(
+        "{imported} hosts {are} in scope: {learnt} learnt, {declared} declared, \
+         {always} that every workload needs"
+    )
+}
+
+fn conflict(plan: &Plan) -> String {
+    let Verdict::Conflicted(others) = &plan.verdict else {
+        return "no other Sidecar configures these pods".to_owned();
+    };
+    let names: Vec<String> = others.iter().map(ToString::to_string).collect();
+    format!(
+        "Sidecar {} configures the same pods and is not Fenceline's; nothing is written. Delete it, or this fence",
+        names.join(", ")
+    )
+}
+
+fn conditions(plan: &Plan) -> [Said; 3] {
+    let ready = ready(plan);
+    let enforced = matches!(plan.verdict, Verdict::Enforce(_));
+    let conflicted = matches!(plan.verdict, Verdict::Conflicted(_));
+    [
+        Said { type_: ENFORCED, status: enforced, ..ready.clone() },
+        Said {
+            type_: CONFLICTED,
+            status: conflicted,
+            reason: if conflicted { "ForeignSidecar" } else { "NoConflict" },
+            message: conflict(plan),
+        },
+        ready,
+    ]
+}
+
+/// The reason that the fence last gave for being ready or not, for this generation of its spec or an older one.
+pub(super) fn ready_reason(fence: &ServiceFence) -> Option<String> {
+    let status = fence.status.as_ref()?;
+    let ready = status.conditions.iter().find(|condition| condition.type_ == READY)?;
+    Some(ready.reason.clone())
+}
+
+/// The fence's status once the plan was carried out; what was learnt is left as it is.
+pub(super) fn status(fence: &ServiceFence, plan: &Plan, now: Timestamp) -> ServiceFenceStatus {
+    let old = fence.status.clone().unwrap_or_default();
+    let generation = fence.metadata.generation;
+    ServiceFenceStatus {
+        observed_generation: generation,
+        conditions: set_conditions(&old.conditions, &conditions(plan), generation, now),
+        scope: Some(steady(old.scope, plan.scope)),
+        ..old
+    }
+}
+
+/// Each Service that comes or goes changes what every fence could see. That alone is written only once it makes a
+/// difference of five in a hundred: a thousand fences must not be written because one Service was.
+fn steady(old: Option<Scope>, new: Scope) -> Scope {
+    match old {
+        Some(old) if Scope { visible: new.visible, ..old } == new => {
+            let small = old.visible.abs_diff(new.visible).saturating_mul(20) < new.visible;
+            if small { old } else { new }
+        }
+        _ => new,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_change_of_the_mesh_is_not_written_for_every_fence() {
+        let scope = |visible| Scope { imported: 3, visible, ..Scope::default() };
+        assert_eq!(steady(None, scope(100)), scope(100));
+        assert_eq!(steady(Some(scope(100)), scope(101)), scope(100));
+        assert_eq!(steady(Some(scope(100)), scope(110)), scope(110));
+        let more = Scope { imported: 4, ..scope(101) };
+        assert_eq!(steady(Some(scope(100)), more), more);
+    }
+}

@@ -1,0 +1,80 @@
+//! Which pods a fence selects.
+
+use std::collections::BTreeMap;
+
+use fenceline_crds::ServiceFence;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::core::Selector;
+
+use crate::world::{Key, PodFacts, World};
+
+pub type Labels = BTreeMap<String, String>;
+
+/// Why a fence selects no pods.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoPods {
+    /// The Service does not exist (yet, or any more).
+    ServiceNotFound(String),
+    /// The Service selects nothing by labels, or points elsewhere.
+    ServiceWithoutSelector(String),
+}
+
+/// The labels of the fence's pods; never empty, since an empty selector means every pod of the namespace.
+///
+/// # Errors
+/// Says why there are none.
+pub fn labels(fence: &ServiceFence, world: &World) -> Result<Labels, NoPods> {
+    let workload = fence.spec.workload.clone().unwrap_or_default();
+    if let Some(selector) = workload.selector
+        && !selector.match_labels.is_empty()
+    {
+        return Ok(selector.match_labels);
+    }
+    let meta = &fence.metadata;
+    let name = workload.service.or_else(|| meta.name.clone()).unwrap_or_default();
+    let service = Key::new(meta.namespace.clone().unwrap_or_default(), name);
+    match world.services.get(&service) {
+        None => Err(NoPods::ServiceNotFound(service.name)),
+        Some(facts) if facts.external_name || facts.selector.is_empty() => {
+            Err(NoPods::ServiceWithoutSelector(service.name))
+        }
+        Some(facts) => Ok(facts.selector.clone()),
+    }
+}
+
+/// Whether pods with `labels` are selected by `selector`.
+pub fn matches(selector: &Labels, labels: &Labels) -> bool {
+    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// The fences of `namespace`.
+pub fn fences_in<'a>(
+    world: &'a World,
+    namespace: &str,
+) -> impl Iterator<Item = (&'a Key, &'a ServiceFence)> {
+    let from = Key::new(namespace, "");
+    let namespace = namespace.to_owned();
+    world
+        .fences
+        .range(from..)
+        .take_while(move |(key, _)| key.namespace == namespace)
+        .map(|(key, fence)| (key, fence.as_ref()))
+}
+
+/// The fences that select a pod of `namespace`.
+pub fn fences_of_pod(world: &World, namespace: &str, pod: &PodFacts) -> Vec<Key> {
+    fences_in(world, namespace)
+        .filter(|(_, fence)| {
+            labels(fence, world).is_ok_and(|selector| matches(&selector, &pod.labels))
+        })
+        .map(|(key, _)| key.clone())
+        .collect()
+}
+
+/// A label selector as Kubernetes means it; absent selects nothing.
+///
+/// # Errors
+/// Fails on an operator that does not exist.
+pub fn label_selector(selector: &LabelSelector) -> Result<Selector, String> {
+    selector.clone().try_into().map_err(|error| format!("{error}"))
+}

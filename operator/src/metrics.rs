@@ -1,0 +1,166 @@
+//! What `/metrics` shows. Labels are few and bounded: never the name of an object.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::Arc;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use tokio::sync::Notify;
+
+use crate::world::World;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Kind {
+    kind: &'static str,
+}
+
+pub fn kind(kind: &'static str) -> Kind {
+    Kind { kind }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Write {
+    kind: &'static str,
+    verb: &'static str,
+    outcome: &'static str,
+}
+
+pub fn write(kind: &'static str, verb: &'static str, ok: bool) -> Write {
+    Write { kind, verb, outcome: if ok { "ok" } else { "error" } }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Outcome {
+    outcome: &'static str,
+}
+
+pub fn outcome(outcome: &'static str) -> Outcome {
+    Outcome { outcome }
+}
+
+/// The process's metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    pub writes: Family<Write, Counter>,
+    /// What became of what the global proxy reported, by outcome.
+    pub observations: Family<Outcome, Counter>,
+    /// Streams that were not the global proxy's.
+    pub refused_streams: Counter,
+    pub watch_errors: Family<Kind, Counter>,
+    pub objects: Family<Kind, Gauge>,
+    pub leader: Gauge<i64, std::sync::atomic::AtomicI64>,
+    pub reconcile_errors: Counter,
+    /// From an access log entry's arrival to the Sidecar being stored.
+    pub learning: Histogram,
+    /// Writes of learnt dependencies that wait for the API.
+    pub waiting: Gauge<f64, AtomicU64>,
+    pub api: ApiHealth,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            writes: Family::default(),
+            observations: Family::default(),
+            refused_streams: Counter::default(),
+            watch_errors: Family::default(),
+            objects: Family::default(),
+            leader: Gauge::default(),
+            reconcile_errors: Counter::default(),
+            learning: Histogram::new(exponential_buckets(0.005, 1.5, 16)),
+            waiting: Gauge::default(),
+            api: ApiHealth::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// The registry that `/metrics` shows.
+    pub fn registry(&self) -> Registry {
+        let Self {
+            writes,
+            observations,
+            refused_streams,
+            watch_errors,
+            objects,
+            leader,
+            reconcile_errors,
+            learning,
+            waiting,
+            api: _,
+        } = self;
+        let mut registry = Registry::with_prefix("fenceline");
+        registry.register("api_writes", "Requests to the API that write", writes.clone());
+        let help = "Access log entries, by what became of them";
+        registry.register("observations", help, observations.clone());
+        let help = "Access log streams refused, since they were not the global proxy's";
+        registry.register("refused_streams", help, refused_streams.clone());
+        registry.register("watch_errors", "Interruptions of watches", watch_errors.clone());
+        registry.register("objects", "Objects in the snapshot of the mesh", objects.clone());
+        registry.register("leader", "1 on the replica that acts", leader.clone());
+        registry.register("reconcile_errors", "Failed reconciliations", reconcile_errors.clone());
+        let help = "From an access log entry's arrival to its host being stored in a Sidecar";
+        registry.register_with_unit("learning", help, Unit::Seconds, learning.clone());
+        let help = "Learnt dependencies that are not stored yet";
+        registry.register("unsaved_dependencies", help, waiting.clone());
+        registry
+    }
+
+    pub fn observe_world(&self, world: &World) {
+        for (name, count) in [
+            ("Namespace", world.namespaces.len()),
+            ("Service", world.services.len()),
+            ("ServiceEntry", world.service_entries.len()),
+            ("VirtualService", world.virtual_services.len()),
+            ("Pod", world.pods.len()),
+            ("Sidecar", world.sidecars.len()),
+            ("EnvoyFilter", world.envoy_filters.len()),
+            ("ServiceFence", world.fences.len()),
+        ] {
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.objects.get_or_create(&kind(name)).set(count);
+        }
+    }
+}
+
+/// Whether kube-apiserver answers, as far as we know. A watch that fails says no; only an answer says yes again, since
+/// a quiet watch says nothing.
+#[derive(Clone, Debug, Default)]
+pub struct ApiHealth {
+    down: Arc<AtomicBool>,
+    changed: Arc<Notify>,
+}
+
+impl ApiHealth {
+    pub fn failed(&self) {
+        self.down.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.changed.notify_one();
+    }
+
+    /// Takes a failed request as a sign, unless the API answered it.
+    pub fn check(&self, error: &kube::Error) {
+        if !matches!(error, kube::Error::Api(_)) {
+            self.failed();
+        }
+    }
+
+    pub fn is_up(&self) -> bool {
+        !self.down.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Asks the API, after each failure, until it answers.
+    pub async fn probe(self, client: kube::Client) {
+        loop {
+            self.changed.notified().await;
+            while client.apiserver_version().await.is_err() {
+                tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+            }
+            self.down.store(false, std::sync::atomic::Ordering::Relaxed);
+            tracing::info!("kube-apiserver answers again");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The access log service: the global proxy reports each first call, and what it reports is believed only from its own
+//! identity, and only of callers that are what their certificate says.
+//! <https://www.envoyproxy.io/docs/envoy/latest/api-v3/service/accesslog/v3/als.proto>
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
+use envoy_types::pb::envoy::config::core::v3::Address;
+use envoy_types::pb::envoy::data::accesslog::v3::tls_properties::certificate_properties::subject_alt_name::San;
+use envoy_types::pb::envoy::data::accesslog::v3::{AccessLogCommon, HttpAccessLogEntry};
+use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogService;
+use envoy_types::pb::envoy::service::accesslog::v3::stream_access_logs_message::LogEntries;
+use envoy_types::pb::envoy::service::accesslog::v3::{
+    StreamAccessLogsMessage, StreamAccessLogsResponse,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::identity::Identity;
+use super::resolve::{UnknownCaller, fences_of_caller, resolve};
+use crate::fence::learn::{Learner, Noted};
+use crate::metrics::{Metrics, outcome};
+use crate::world::World;
+
+/// The header in which a sidecar vouches for its peer.
+const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
+
+/// Serves Envoy's access log stream.
+pub struct AccessLog {
+    pub global_proxy: Identity,
+    pub world: watch::Receiver<Arc<World>>,
+    pub learner: Arc<Learner>,
+    pub metrics: Arc<Metrics>,
+    pub stop: CancellationToken,
+}
+
+/// One call, as the global proxy reports it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen<'a> {
+    caller: Identity,
+    address: IpAddr,
+    authority: &'a str,
+}
+
+#[tonic::async_trait]
+impl AccessLogService for AccessLog {
+    async fn stream_access_logs(
+        &self,
+        request: Request<Streaming<StreamAccessLogsMessage>>,
+    ) -> Result<Response<StreamAccessLogsResponse>, Status> {
+        self.admit(request.metadata())?;
+        let mut stream = request.into_inner();
+        loop {
+            let message = tokio::select! {
+                message = stream.message() => message?,
+                () = self.stop.cancelled() => return Err(Status::unavailable("shutting down")),
+            };
+            let Some(message) = message else { break };
+            let received = Instant::now();
+            if let Some(LogEntries::HttpLogs(logs)) = message.log_entries {
+                for entry in &logs.log_entry {
+                    let became = self.take(entry, received);
+                    self.metrics.observations.get_or_create(&outcome(became)).inc();
+                }
+            }
+        }
+        Ok(Response::new(StreamAccessLogsResponse {}))
+    }
+}
+
+impl AccessLog {
+    /// Only the global proxy may speak: our sidecar terminates mutual TLS and says who the peer is.
+    fn admit(&self, metadata: &tonic::metadata::MetadataMap) -> Result<(), Status> {
+        // A header that comes twice is one list.
+        let values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
+        let peer = values.last().and_then(|value| value.to_str().ok());
+        let peer = peer.and_then(Identity::from_forwarded);
+        if peer.as_ref() == Some(&self.global_proxy) {
+            return Ok(());
+        }
+        self.metrics.refused_streams.inc();
+        let who = peer.map_or_else(|| "nobody we know".to_owned(), |peer| peer.to_string());
+        tracing::warn!(peer = %who, wanted = %self.global_proxy, "access log stream refused");
+        Err(Status::permission_denied(format!(
+            "only {} may report first calls; this is {who}",
+            self.global_proxy
+        )))
+    }
+
+    /// Takes one entry in; returns its outcome for the metrics. Never fails: a proxy may report anything.
+    fn take(&self, entry: &HttpAccessLogEntry, received: Instant) -> &'static str {
+        let Some(seen) = read(entry) else { return "incomplete" };
+        // Every trust domain is a mesh of its own; its names and namespaces are not ours.
+        if seen.caller.trust_domain != self.global_proxy.trust_domain {
+            return "foreign_trust_domain";
+        }
+        let world = Arc::clone(&self.world.borrow());
+        let fences = match fences_of_caller(&world, &seen.caller, seen.address) {
+            Ok(fences) => fences,
+            Err(UnknownCaller::NoPod) => return "unknown_pod",
+            Err(UnknownCaller::NotTheIdentitys) => return "not_believed",
+            Err(UnknownCaller::NotFenced) => return "not_fenced",
+        };
+        match resolve(&world, &seen.caller.namespace, seen.authority) {
+            Ok(host) => {
+                let mut became = "known";
+                for fence in &fences {
+                    let noted = self.learner.saw(&world, fence, &host.fqdn, received);
+                    if noted == Noted::Learnt {
+                        became = "learnt";
+                    }
+                }
+                became
+            }
+            Err(why) => {
+                for fence in &fences {
+                    self.learner.saw_unresolved(fence, seen.authority, why);
+                }
+                "unresolved"
+            }
+        }
+    }
+}
+
+/// What an entry says of a call, if it says enough.
+fn read(entry: &HttpAccessLogEntry) -> Option<Seen<'_>> {
+    let common = entry.common_properties.as_ref()?;
+    let authority = entry.request.as_ref()?.authority.as_str();
+    Some(Seen { caller: certificate(common)?, address: remote(common)?, authority })
+}
+
+/// The one identity of the caller's certificate.
+fn certificate(common: &AccessLogCommon) -> Option<Identity> {
+    let certificate = common.tls_properties.as_ref()?.peer_certificate_properties.as_ref()?;
+    let mut uris = certificate.subject_alt_name.iter().filter_map(|name| match &name.san {
+        Some(San::Uri(uri)) => Some(uri),
+        Some(San::Dns(_)) | None => None,
+    });
+    let uri = uris.next()?;
+    uris.next().is_none().then(|| Identity::parse(uri)).flatten()
+}
+
+/// The address at the other end of the connection, not what a header claims.
+fn remote(common: &AccessLogCommon) -> Option<IpAddr> {
+    let address = common.downstream_direct_remote_address.as_ref();
+    let Address { address: Some(AddressKind::SocketAddress(socket)) } = address? else {
+        return None;
+    };
+    socket.address.parse().ok()
+}

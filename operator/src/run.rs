@@ -1,0 +1,191 @@
+//! `fenceline run`: puts the parts together, and takes them apart in order.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogServiceServer;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::admin;
+use crate::apply::Writer;
+use crate::args::{LogFormat, Run};
+use crate::clock;
+use crate::fence::{self, Settings, learn::Learner};
+use crate::leader::Candidate;
+use crate::metrics::Metrics;
+use crate::observe::access_log::AccessLog;
+use crate::observe::identity::Identity;
+use crate::ports;
+use crate::status::StatusWriter;
+use crate::world::feed::{self, Feed};
+
+/// How long requests that are under way may take to finish when the process is asked to end.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs until a signal ends it.
+///
+/// # Errors
+/// Fails when an address is taken, the API's configuration cannot be found, or a server fails.
+pub async fn run(args: Run) -> anyhow::Result<()> {
+    let Run {
+        namespace,
+        name,
+        global_proxy,
+        forward_port,
+        trust_domain,
+        cluster_domain,
+        grpc_address,
+        admin_address,
+        log_format,
+        log,
+    } = args;
+    start_logging(log_format, &log)?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), name, "fenceline starts");
+    let client = kube::Client::try_default().await.context("no access to a Kubernetes API")?;
+    let stop = CancellationToken::new();
+    let metrics = Arc::new(Metrics::default());
+
+    let Feed { world, mut concerned, fences, synced } =
+        feed::start(&client, &cluster_domain, &metrics);
+    tokio::spawn(metrics.api.clone().probe(client.clone()));
+    let status = Arc::new(StatusWriter::new(client.clone(), Arc::clone(&metrics), &name));
+    let learner =
+        Learner::new(Arc::clone(&status), world.clone(), Arc::clone(&metrics), clock::system);
+    tokio::spawn(Arc::clone(&learner).run());
+
+    let access_log = AccessLog {
+        global_proxy: Identity {
+            trust_domain,
+            namespace: global_proxy.namespace.clone(),
+            service_account: global_proxy.name.clone(),
+        },
+        world: world.clone(),
+        learner: Arc::clone(&learner),
+        metrics: Arc::clone(&metrics),
+        stop: stop.clone(),
+    };
+    let admin = TcpListener::bind(admin_address)
+        .await
+        .with_context(|| format!("--admin-address {admin_address}"))?;
+    let grpc = TcpListener::bind(grpc_address)
+        .await
+        .with_context(|| format!("--grpc-address {grpc_address}"))?;
+    let routes = admin::router(metrics.registry(), synced.clone(), metrics.api.clone());
+    let admin = axum::serve(admin, routes)
+        .with_graceful_shutdown(stop.clone().cancelled_owned())
+        .into_future();
+    let admin = tokio::spawn(admin);
+    let grpc = tokio::spawn(serve_access_log(grpc, access_log, synced.clone(), stop.clone()));
+
+    let settings = Settings { global_proxy, forward_port, cluster_domain };
+    let writer = Writer::new(client.clone(), Arc::clone(&metrics));
+    let context = Arc::new(fence::Context {
+        world: world.clone(),
+        writer: writer.clone(),
+        status,
+        learner: Arc::clone(&learner),
+        settings: settings.clone(),
+        metrics: Arc::clone(&metrics),
+        clock: clock::system,
+        failures: std::sync::Mutex::default(),
+    });
+    let mut candidate = None;
+    let work = async {
+        let candidate = candidate.insert(Candidate::stand(&client, &namespace, &name).await);
+        wait_for(&mut synced.clone()).await;
+        tracing::info!("the mesh is listed");
+        loop {
+            wait_for(&mut candidate.leads).await;
+            metrics.leader.set(1);
+            tracing::info!("this replica acts");
+            let mut leads = candidate.leads.clone();
+            tokio::select! {
+                () = wait_until_not(&mut leads) => {}
+                () = fence::run(Arc::clone(&context), fences.clone(), &mut concerned) => {}
+                () = ports::run(world.clone(), writer.clone(), settings.clone()) => {}
+            }
+            metrics.leader.set(0);
+            tracing::warn!("this replica no longer acts");
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        signal = ended() => tracing::info!(signal = signal?, "ending"),
+    }
+
+    // What was learnt is stored, streams move to another replica, and the lease goes last: the next leader finds all.
+    stop.cancel();
+    let _ = tokio::time::timeout(PATIENCE, learner.flush()).await;
+    for server in [grpc, tokio::spawn(async { Ok(admin.await??) })] {
+        if let Ok(result) = tokio::time::timeout(PATIENCE, server).await {
+            result??;
+        }
+    }
+    if let Some(candidate) = candidate {
+        let _ = tokio::time::timeout(PATIENCE, candidate.resign()).await;
+    }
+    Ok(())
+}
+
+/// Serves the access log once there is a mesh to understand it by; until then the global proxy tries another replica.
+async fn serve_access_log(
+    listener: TcpListener,
+    access_log: AccessLog,
+    mut synced: watch::Receiver<bool>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    tokio::select! {
+        () = wait_for(&mut synced) => {}
+        () = stop.cancelled() => return Ok(()),
+    }
+    tonic::transport::Server::builder()
+        .add_service(AccessLogServiceServer::new(access_log))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .await
+        .context("the access log service")
+}
+
+async fn wait_for(flag: &mut watch::Receiver<bool>) {
+    if flag.wait_for(|set| *set).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn wait_until_not(flag: &mut watch::Receiver<bool>) {
+    // A sender that is gone cannot renew the lease either.
+    let _ = flag.wait_for(|set| !*set).await;
+}
+
+/// The first signal that asks the process to end; a second one ends it at once.
+async fn ended() -> anyhow::Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let first = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        std::process::exit(130);
+    });
+    Ok(first)
+}
+
+fn start_logging(format: LogFormat, directives: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(directives).context("--log")?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
+    Ok(())
+}

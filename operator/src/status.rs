@@ -1,0 +1,186 @@
+//! The only module that writes status and events. Every status write carries the version it was worked out from, so
+//! that replicas which learn at the same time never undo one another's.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fenceline_crds::{ServiceFence, ServiceFenceStatus};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde_json::json;
+
+use crate::apply::MANAGER;
+use crate::metrics::{Metrics, write};
+use crate::world::{Key, World};
+
+/// How often a write that met a newer version is worked out again before it is left to the caller's next attempt.
+const ATTEMPTS: usize = 8;
+
+/// A status that could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("could not write the status of ServiceFence {fence}")]
+    Write {
+        fence: Key,
+        #[source]
+        source: Box<kube::Error>,
+    },
+    #[error("the status of ServiceFence {fence} was changed by others {ATTEMPTS} times in a row")]
+    Contended { fence: Key },
+}
+
+/// Writes the status of fences, and events about them.
+pub struct StatusWriter {
+    client: Client,
+    metrics: Arc<Metrics>,
+    recorder: Recorder,
+    /// What we wrote and the watch may not have shown yet.
+    latest: Mutex<HashMap<Key, Arc<ServiceFence>>>,
+}
+
+impl StatusWriter {
+    pub fn new(client: Client, metrics: Arc<Metrics>, replica: &str) -> Self {
+        let reporter =
+            Reporter { controller: MANAGER.to_owned(), instance: Some(replica.to_owned()) };
+        Self {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            metrics,
+            latest: Mutex::default(),
+        }
+    }
+
+    /// The newest fence known here: of the watch, or what was written since.
+    pub fn newest(&self, world: &World, key: &Key) -> Option<Arc<ServiceFence>> {
+        let seen = world.fences.get(key)?;
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        match latest.get(key) {
+            Some(written) if is_newer(written, seen) => Some(Arc::clone(written)),
+            _ => {
+                latest.remove(key);
+                Some(Arc::clone(seen))
+            }
+        }
+    }
+
+    /// Writes `change` of the fence's status, worked out again from the newest where others wrote meanwhile. Says
+    /// whether anything was written; `false` also where the fence is gone.
+    ///
+    /// # Errors
+    /// Fails when the API refuses, or others keep writing.
+    pub async fn update(
+        &self,
+        world: &World,
+        key: &Key,
+        change: impl Fn(&ServiceFence) -> ServiceFenceStatus,
+    ) -> Result<bool, Error> {
+        let Some(mut base) = self.newest(world, key) else { return Ok(false) };
+        let api: Api<ServiceFence> = Api::namespaced(self.client.clone(), &key.namespace);
+        let failed = |source| Error::Write { fence: key.clone(), source: Box::new(source) };
+        for _ in 0..ATTEMPTS {
+            let status = change(&base);
+            if base.status.as_ref() == Some(&status) {
+                return Ok(false);
+            }
+            let patch = json!({
+                "apiVersion": ServiceFence::api_version(&()),
+                "kind": ServiceFence::kind(&()),
+                "metadata": {
+                    "name": key.name,
+                    "uid": base.uid(),
+                    "resourceVersion": base.resource_version(),
+                },
+                "status": status,
+            });
+            let params = PatchParams::apply(MANAGER).force();
+            let written = api.patch_status(&key.name, &params, &Patch::Apply(patch)).await;
+            let outcome = write("ServiceFence/status", "apply", written.is_ok());
+            self.metrics.writes.get_or_create(&outcome).inc();
+            match written {
+                Ok(written) => {
+                    let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+                    latest.insert(key.clone(), Arc::new(written));
+                    return Ok(true);
+                }
+                Err(kube::Error::Api(status)) if status.is_conflict() => {
+                    match api.get_opt(&key.name).await.map_err(failed)? {
+                        Some(fence) => base = Arc::new(fence),
+                        None => return Ok(false),
+                    }
+                }
+                Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(false),
+                Err(error) => {
+                    self.metrics.api.check(&error);
+                    return Err(failed(error));
+                }
+            }
+        }
+        Err(Error::Contended { fence: key.clone() })
+    }
+
+    /// Publishes an event about the fence. Events are for people: one that is lost is logged, no more.
+    pub async fn event(&self, fence: &ServiceFence, warning: bool, reason: &str, note: String) {
+        let event = Event {
+            type_: if warning { EventType::Warning } else { EventType::Normal },
+            reason: reason.to_owned(),
+            note: Some(note),
+            action: "Reconcile".to_owned(),
+            secondary: None,
+        };
+        let result = self.recorder.publish(&event, &fence.object_ref(&())).await;
+        self.metrics.writes.get_or_create(&write("Event", "create", result.is_ok())).inc();
+        if let Err(error) = result {
+            tracing::warn!(%error, reason, "event lost");
+        }
+    }
+
+    pub fn forget(&self, key: &Key) {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+}
+
+/// Resource versions of one kind can be compared since Kubernetes 1.35, and before that were numbers all the same
+/// (KEP-5504).
+fn is_newer(a: &ServiceFence, b: &ServiceFence) -> bool {
+    let version = |fence: &ServiceFence| {
+        fence.resource_version().and_then(|version| version.parse::<u64>().ok())
+    };
+    a.uid() == b.uid() && version(a) > version(b)
+}
+
+/// One condition to be set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    pub type_: &'static str,
+    pub status: bool,
+    pub reason: &'static str,
+    pub message: String,
+}
+
+/// Puts conditions into `old`; the time of a transition changes only with the status.
+pub fn set_conditions(
+    old: &[Condition],
+    said: &[Said],
+    generation: Option<i64>,
+    now: Timestamp,
+) -> Vec<Condition> {
+    said.iter()
+        .map(|said| {
+            let status = if said.status { "True" } else { "False" };
+            let before =
+                old.iter().find(|old| old.type_ == said.type_ && old.status == status);
+            let since = before.map_or(Time(now), |before| before.last_transition_time.clone());
+            Condition {
+                type_: said.type_.to_owned(),
+                status: status.to_owned(),
+                reason: said.reason.to_owned(),
+                message: said.message.clone(),
+                observed_generation: generation,
+                last_transition_time: since,
+            }
+        })
+        .collect()
+}

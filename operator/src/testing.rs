@@ -1,0 +1,75 @@
+//! Small worlds for tests.
+
+use fenceline_crds::ServiceFence;
+use fenceline_crds::istio::Sidecar;
+use k8s_openapi::api::core::v1::Service;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::world::{Key, PodFacts, ServiceFacts, World};
+
+/// A mesh with the namespaces `shop`, `bank` and `fenceline-system`, and nothing in them.
+pub fn world() -> World {
+    let mut world = World::new("cluster.local");
+    for namespace in ["shop", "bank", "fenceline-system"] {
+        world.namespaces.insert(namespace.to_owned(), [].into_iter().collect::<std::collections::BTreeMap<_, _>>().into());
+    }
+    world
+}
+
+/// Parses YAML.
+///
+/// # Panics
+/// When the YAML is not a `T`.
+pub fn yaml<T: DeserializeOwned>(text: &str) -> T {
+    serde_yaml::from_str(text).expect("YAML of a test")
+}
+
+/// Adds a Service that selects `app: NAME` and has one HTTP port, 80; `spec` adds to that or replaces it, and may name
+/// `exportTo`.
+pub fn service(world: &mut World, namespace: &str, name: &str, spec: &str) {
+    let mut whole = json!({
+        "selector": {"app": name},
+        "clusterIPs": ["10.96.1.1"],
+        "ports": [{"port": 80, "name": "http"}],
+    });
+    let mut annotations = json!({});
+    for (field, value) in yaml::<serde_json::Map<String, Value>>(spec) {
+        if field == "exportTo" {
+            annotations["networking.istio.io/exportTo"] = value;
+        } else {
+            whole[field] = value;
+        }
+    }
+    let object: Service = serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": namespace, "annotations": annotations},
+        "spec": whole,
+    }))
+    .expect("a Service");
+    world.set_service(&Key::new(namespace, name), Some(ServiceFacts::from(&object)));
+}
+
+/// Adds a pod labelled `app: NAME` that runs as the service account NAME.
+pub fn pod(world: &mut World, namespace: &str, name: &str, address: &str) {
+    let facts = PodFacts {
+        service_account: name.to_owned(),
+        labels: [("app".to_owned(), name.to_owned())].into(),
+        addresses: vec![address.parse().expect("an address")],
+    };
+    world.set_pod(&Key::new(namespace, name), Some(facts));
+}
+
+/// Adds a Sidecar of somebody else's.
+pub fn foreign_sidecar(world: &mut World, namespace: &str, name: &str, spec: &str) {
+    let mut sidecar = Sidecar::new(name, yaml(spec));
+    sidecar.metadata.namespace = Some(namespace.to_owned());
+    world.sidecars.insert(Key::new(namespace, name), sidecar.into());
+}
+
+/// A fence, not yet in a world.
+pub fn fence(namespace: &str, name: &str, spec: &str) -> ServiceFence {
+    let mut fence = ServiceFence::new(name, yaml(spec));
+    fence.metadata.namespace = Some(namespace.to_owned());
+    fence.metadata.uid = Some(format!("uid-of-{name}"));
+    fence
+}

@@ -1,0 +1,213 @@
+//! The hosts of the mesh: what a name means to a caller, and who may see what.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use fenceline_crds::istio::{ServiceEntry, VirtualService};
+use k8s_openapi::api::core::v1::{Service, ServicePort};
+
+/// A namespaced object's name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl Key {
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// To which namespaces a host is visible.
+/// <https://istio.io/latest/docs/reference/config/networking/service-entry/#ServiceEntry-export_to>
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ExportTo {
+    #[default]
+    Everyone,
+    Namespaces(BTreeSet<String>),
+}
+
+impl ExportTo {
+    /// `list` as Istio writes it, in an object of `namespace`: `*`, `.`, `~` or names.
+    fn parse<'a>(list: impl Iterator<Item = &'a str>, namespace: &str) -> Self {
+        let mut named = BTreeSet::new();
+        let mut any = false;
+        for entry in list.map(str::trim).filter(|entry| !entry.is_empty()) {
+            any = true;
+            match entry {
+                "*" => return Self::Everyone,
+                "~" => {}
+                "." => drop(named.insert(namespace.to_owned())),
+                other => drop(named.insert(other.to_owned())),
+            }
+        }
+        if any { Self::Namespaces(named) } else { Self::Everyone }
+    }
+
+    pub fn includes(&self, namespace: &str) -> bool {
+        match self {
+            Self::Everyone => true,
+            Self::Namespaces(named) => named.contains(namespace),
+        }
+    }
+}
+
+/// What we know of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceFacts {
+    /// Empty: Kubernetes selects nothing by it.
+    pub selector: BTreeMap<String, String>,
+    pub labels: BTreeMap<String, String>,
+    pub addresses: Vec<IpAddr>,
+    pub http_ports: BTreeSet<u16>,
+    /// Whether a call to it could be one that the global proxy cannot catch: a port that is not declared to be HTTP, or
+    /// pods that are called by their own names.
+    pub needs_scope: bool,
+    pub external_name: bool,
+    pub export_to: ExportTo,
+}
+
+/// Istio's protocol selection: `appProtocol`, then the port's name up to the first dash.
+/// <https://istio.io/latest/docs/ops/configuration/traffic-management/protocol-selection/>
+fn is_http(port: &ServicePort) -> bool {
+    if port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP") {
+        return false;
+    }
+    let declared = match (&port.app_protocol, &port.name) {
+        (Some(declared), _) => declared.to_ascii_lowercase(),
+        (None, Some(name)) => {
+            name.split('-').next().unwrap_or_default().to_ascii_lowercase().replace('_', "-")
+        }
+        (None, None) => return false,
+    };
+    let grpc_web = port.name.as_deref().is_some_and(|name| name.starts_with("grpc-web"));
+    grpc_web
+        || matches!(
+            declared.as_str(),
+            "http" | "http2" | "grpc" | "grpc-web" | "kubernetes.io/h2c" | "kubernetes.io/ws"
+        )
+}
+
+impl From<&Service> for ServiceFacts {
+    fn from(service: &Service) -> Self {
+        let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
+        let annotations = service.metadata.annotations.as_ref();
+        let exported = annotations.and_then(|all| all.get("networking.istio.io/exportTo"));
+        let spec = service.spec.as_ref();
+        let ports = spec.and_then(|spec| spec.ports.as_deref()).unwrap_or_default();
+        let addresses: Vec<IpAddr> = spec
+            .and_then(|spec| spec.cluster_ips.as_ref())
+            .into_iter()
+            .flatten()
+            .filter_map(|address| address.parse().ok())
+            .collect();
+        let tcp = |port: &&ServicePort| port.protocol.as_deref().is_none_or(|name| name == "TCP");
+        Self {
+            selector: spec.and_then(|spec| spec.selector.clone()).unwrap_or_default(),
+            labels: service.metadata.labels.clone().unwrap_or_default(),
+            http_ports: ports
+                .iter()
+                .filter(|port| is_http(port))
+                .filter_map(|port| u16::try_from(port.port).ok())
+                .collect(),
+            needs_scope: ports.iter().filter(tcp).any(|port| !is_http(port))
+                || (addresses.is_empty() && !ports.is_empty()),
+            addresses,
+            external_name: spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName"),
+            export_to: ExportTo::parse(
+                exported.map(String::as_str).unwrap_or_default().split(','),
+                namespace,
+            ),
+        }
+    }
+}
+
+/// What we know of a ServiceEntry or a VirtualService: names that mean something, and to whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NamedHosts {
+    /// Lower case, full names.
+    pub hosts: BTreeSet<String>,
+    pub export_to: ExportTo,
+}
+
+impl NamedHosts {
+    pub fn of_service_entry(entry: &ServiceEntry) -> Self {
+        let namespace = entry.metadata.namespace.as_deref().unwrap_or_default();
+        Self {
+            hosts: entry.spec.hosts.iter().map(|host| host.to_ascii_lowercase()).collect(),
+            export_to: ExportTo::parse(entry.spec.export_to.iter().map(String::as_str), namespace),
+        }
+    }
+
+    /// The hosts of a VirtualService that sidecars apply; short ones are names of its own namespace.
+    pub fn of_virtual_service(service: &VirtualService, cluster_domain: &str) -> Self {
+        let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
+        let spec = &service.spec;
+        let mesh = spec.gateways.is_empty() || spec.gateways.iter().any(|name| name == "mesh");
+        let full = |host: &String| {
+            let host = host.to_ascii_lowercase();
+            let short = !host.contains('.') && host != "*";
+            if short { format!("{host}.{namespace}.svc.{cluster_domain}") } else { host }
+        };
+        Self {
+            hosts: spec.hosts.iter().filter(|_| mesh).map(full).collect(),
+            export_to: ExportTo::parse(spec.export_to.iter().map(String::as_str), namespace),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn facts(spec: serde_json::Value) -> ServiceFacts {
+        let service = json!({"metadata": {"name": "cart", "namespace": "shop"}, "spec": spec});
+        ServiceFacts::from(&serde_json::from_value::<Service>(service).unwrap())
+    }
+
+    #[test]
+    fn a_port_is_http_only_when_it_says_so() {
+        for (port, http) in [
+            (json!({"port": 80, "name": "http"}), true),
+            (json!({"port": 80, "name": "http-web"}), true),
+            (json!({"port": 80, "name": "grpc-api"}), true),
+            (json!({"port": 80, "name": "web", "appProtocol": "http"}), true),
+            (json!({"port": 80, "name": "http", "appProtocol": "tcp"}), false),
+            (json!({"port": 80, "name": "web", "appProtocol": "kubernetes.io/h2c"}), true),
+            (json!({"port": 80}), false),
+            (json!({"port": 80, "name": "https"}), false),
+            (json!({"port": 80, "name": "httpfoo"}), false),
+            (json!({"port": 80, "name": "tcp-http"}), false),
+        ] {
+            let facts = facts(json!({"clusterIPs": ["10.0.0.1"], "ports": [port]}));
+            assert_eq!(facts.http_ports.len(), usize::from(http), "{port}");
+            assert_eq!(facts.needs_scope, !http, "{port}");
+        }
+    }
+
+    #[test]
+    fn udp_ports_and_headless_services() {
+        let dns = json!({"port": 53, "name": "dns", "protocol": "UDP"});
+        assert!(!facts(json!({"clusterIPs": ["10.0.0.1"], "ports": [dns]})).needs_scope);
+        let http = json!({"port": 80, "name": "http"});
+        assert!(facts(json!({"clusterIPs": ["None"], "ports": [http]})).needs_scope);
+    }
+
+    #[test]
+    fn export_to_as_istio_writes_it() {
+        let parse = |text: &str| ExportTo::parse(text.split(','), "shop");
+        assert_eq!(parse(""), ExportTo::Everyone);
+        assert_eq!(parse("a, *"), ExportTo::Everyone);
+        assert!(parse(".").includes("shop") && !parse(".").includes("bank"));
+        assert!(parse("bank").includes("bank") && !parse("bank").includes("shop"));
+        assert!(!parse("~").includes("shop"));
+    }
+}

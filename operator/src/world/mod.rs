@@ -1,0 +1,214 @@
+//! The mesh as the planners see it: an immutable snapshot, cheap to copy and to change, since its maps share structure.
+
+pub mod feed;
+mod hosts;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fenceline_crds::ServiceFence;
+use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use imbl::{HashMap as SharedMap, OrdMap};
+
+pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
+
+/// What we know of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodFacts {
+    pub service_account: String,
+    pub labels: BTreeMap<String, String>,
+    /// Empty for pods in the host's network: an address of theirs says nothing of who calls.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A host that can be put into a Sidecar: `namespace` is that of the object which defines it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Host {
+    pub namespace: String,
+    pub fqdn: String,
+}
+
+impl std::fmt::Display for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.fqdn)
+    }
+}
+
+/// What one namespace can see of the mesh.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct View {
+    pub visible: u32,
+    /// Hosts that must be in every scope, since the global proxy could not catch a call to them.
+    pub always: BTreeSet<Host>,
+}
+
+type Views = Arc<Mutex<HashMap<String, Arc<View>>>>;
+
+/// The mesh at one moment.
+#[derive(Clone, Debug)]
+pub struct World {
+    pub cluster_domain: Arc<str>,
+    /// Namespaces with their labels.
+    pub namespaces: OrdMap<String, Arc<BTreeMap<String, String>>>,
+    pub services: OrdMap<Key, Arc<ServiceFacts>>,
+    pub service_entries: OrdMap<Key, Arc<NamedHosts>>,
+    pub virtual_services: OrdMap<Key, Arc<NamedHosts>>,
+    pub pods: OrdMap<Key, Arc<PodFacts>>,
+    pub sidecars: OrdMap<Key, Arc<Sidecar>>,
+    /// Only those that Fenceline wrote.
+    pub envoy_filters: OrdMap<Key, Arc<EnvoyFilter>>,
+    pub fences: OrdMap<Key, Arc<ServiceFence>>,
+    pod_of_address: SharedMap<IpAddr, Key>,
+    service_of_address: SharedMap<IpAddr, Key>,
+    /// Worked out when first asked for, for the hosts as they are now.
+    views: Views,
+}
+
+impl World {
+    pub fn new(cluster_domain: &str) -> Self {
+        Self {
+            cluster_domain: cluster_domain.into(),
+            namespaces: OrdMap::new(),
+            services: OrdMap::new(),
+            service_entries: OrdMap::new(),
+            virtual_services: OrdMap::new(),
+            pods: OrdMap::new(),
+            sidecars: OrdMap::new(),
+            envoy_filters: OrdMap::new(),
+            fences: OrdMap::new(),
+            pod_of_address: SharedMap::new(),
+            service_of_address: SharedMap::new(),
+            views: Views::default(),
+        }
+    }
+
+    pub fn set_service(&mut self, key: &Key, facts: Option<ServiceFacts>) {
+        self.views = Views::default();
+        for address in self.services.get(key).into_iter().flat_map(|old| &old.addresses) {
+            if self.service_of_address.get(address) == Some(key) {
+                self.service_of_address.remove(address);
+            }
+        }
+        let Some(facts) = facts else {
+            self.services.remove(key);
+            return;
+        };
+        for address in &facts.addresses {
+            self.service_of_address.insert(*address, key.clone());
+        }
+        self.services.insert(key.clone(), Arc::new(facts));
+    }
+
+    pub fn set_pod(&mut self, key: &Key, facts: Option<PodFacts>) {
+        for address in self.pods.get(key).into_iter().flat_map(|old| &old.addresses) {
+            // The address may belong to a newer pod by now.
+            if self.pod_of_address.get(address) == Some(key) {
+                self.pod_of_address.remove(address);
+            }
+        }
+        let Some(facts) = facts else {
+            self.pods.remove(key);
+            return;
+        };
+        for address in &facts.addresses {
+            self.pod_of_address.insert(*address, key.clone());
+        }
+        self.pods.insert(key.clone(), Arc::new(facts));
+    }
+
+    pub fn set_service_entry(&mut self, key: &Key, hosts: Option<NamedHosts>) {
+        self.views = Views::default();
+        set(&mut self.service_entries, key, hosts);
+    }
+
+    pub fn set_virtual_service(&mut self, key: &Key, hosts: Option<NamedHosts>) {
+        self.views = Views::default();
+        set(&mut self.virtual_services, key, hosts);
+    }
+
+    pub fn pod_at(&self, address: IpAddr) -> Option<(&Key, &PodFacts)> {
+        let key = self.pod_of_address.get(&address)?;
+        Some((key, self.pods.get(key)?))
+    }
+
+    pub fn service_at(&self, address: IpAddr) -> Option<&Key> {
+        self.service_of_address.get(&address)
+    }
+
+    /// The full name of a Service.
+    pub fn fqdn(&self, service: &Key) -> String {
+        format!("{}.{}.svc.{}", service.name, service.namespace, self.cluster_domain)
+    }
+
+    /// The Service that a full name is the name of, whether it exists or not.
+    pub fn service_named(&self, fqdn: &str) -> Option<Key> {
+        let local = fqdn.strip_suffix(&*self.cluster_domain)?.strip_suffix(".svc.")?;
+        let (name, namespace) = local.split_once('.')?;
+        (!namespace.contains('.')).then(|| Key::new(namespace, name))
+    }
+
+    /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries and
+    /// VirtualServices call so.
+    pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
+        let host = |key: &Key| Host { namespace: key.namespace.clone(), fqdn: fqdn.to_owned() };
+        let service = self.service_named(fqdn).filter(|key| {
+            self.services.get(key).is_some_and(|facts| facts.export_to.includes(namespace))
+        });
+        let named = self
+            .service_entries
+            .iter()
+            .chain(self.virtual_services.iter())
+            .filter(|(_, hosts)| hosts.hosts.contains(fqdn) && hosts.export_to.includes(namespace))
+            .map(|(key, _)| host(key));
+        match service {
+            Some(key) => BTreeSet::from([host(&key)]),
+            None => named.collect(),
+        }
+    }
+
+    /// What a caller of `namespace` can see.
+    pub fn view(&self, namespace: &str) -> Arc<View> {
+        let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(view) = views.get(namespace) {
+            return Arc::clone(view);
+        }
+        let view = Arc::new(self.look(namespace));
+        views.insert(namespace.to_owned(), Arc::clone(&view));
+        view
+    }
+
+    fn look(&self, namespace: &str) -> View {
+        let mut view = View::default();
+        for (key, facts) in &self.services {
+            if facts.external_name || !facts.export_to.includes(namespace) {
+                continue;
+            }
+            view.visible += 1;
+            if facts.needs_scope {
+                let fqdn = self.fqdn(key);
+                view.always.insert(Host { namespace: key.namespace.clone(), fqdn });
+            }
+        }
+        let named = self.service_entries.iter().chain(self.virtual_services.iter());
+        for (key, hosts) in named.filter(|(_, hosts)| hosts.export_to.includes(namespace)) {
+            // A VirtualService for a Service adds no host; a wildcard is never put into a Sidecar.
+            for fqdn in hosts.hosts.iter().filter(|host| !host.starts_with('*')) {
+                let service = self.service_named(fqdn);
+                if service.is_some_and(|service| self.services.contains_key(&service)) {
+                    continue;
+                }
+                let host = Host { namespace: key.namespace.clone(), fqdn: fqdn.clone() };
+                view.visible += u32::from(view.always.insert(host));
+            }
+        }
+        view
+    }
+}
+
+fn set<T>(map: &mut OrdMap<Key, Arc<T>>, key: &Key, value: Option<T>) {
+    match value {
+        Some(value) => drop(map.insert(key.clone(), Arc::new(value))),
+        None => drop(map.remove(key)),
+    }
+}
