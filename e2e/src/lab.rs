@@ -38,6 +38,8 @@ pub struct Lab {
     pub tools: Tools,
     pub scratch: PathBuf,
     pub logs: PathBuf,
+    /// Further arguments for operators that are started from now on.
+    pub operator_args: Vec<String>,
     pods: BTreeMap<String, Pod>,
     started: u16,
 }
@@ -105,6 +107,7 @@ impl Lab {
             tools,
             scratch,
             logs,
+            operator_args: Vec::new(),
             pods: BTreeMap::new(),
             started: 1,
         };

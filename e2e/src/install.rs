@@ -1,0 +1,126 @@
+//! Installs Fenceline into a lab as its README says, and runs what its Deployments ask for.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use k8s_openapi::api::apps::v1::Deployment;
+use kube::Api;
+
+use crate::app::Protocol;
+use crate::control_plane::{ADDRESS, API_PORT, kubeconfig};
+use crate::lab::{Lab, PATIENCE, request};
+use crate::pod::{App, PodSpec};
+use crate::wait::eventually;
+
+/// Where Fenceline lives.
+pub const SYSTEM: &str = "fenceline-system";
+/// The operator's first replica.
+pub const OPERATOR: &str = "fenceline-0";
+/// The global proxy's first replica.
+pub const GLOBAL_PROXY: &str = "global-proxy-0";
+
+impl Lab {
+    /// Applies the CRDs and the kustomization, then runs one replica of the global proxy and one of the operator.
+    ///
+    /// # Errors
+    /// Fails when something is refused or does not get ready.
+    pub async fn install(&mut self) -> anyhow::Result<()> {
+        self.apply_manifests().await?;
+        self.start_global_proxy(GLOBAL_PROXY).await?;
+        self.start_operator(OPERATOR).await
+    }
+
+    /// What a user applies.
+    ///
+    /// # Errors
+    /// Fails when the API refuses it.
+    pub async fn apply_manifests(&self) -> anyhow::Result<()> {
+        self.kubectl(&["apply", "--server-side", "-f", "crds/servicefences.yaml"]).await?;
+        let crd = "--for=condition=Established";
+        self.kubectl(&["wait", crd, "crd/servicefences.fenceline.dev"]).await?;
+        self.kubectl(&["apply", "--validate=strict", "-k", "global-proxy-config"]).await?;
+        Ok(())
+    }
+
+    /// A pod as the Deployment's template asks for it.
+    async fn replica(&self, deployment: &str, name: &str) -> anyhow::Result<(PodSpec, Vec<String>)> {
+        let api: Api<Deployment> = Api::namespaced(self.client.clone(), SYSTEM);
+        let template = api.get(deployment).await?.spec.context("a spec")?.template;
+        let meta = template.metadata.unwrap_or_default();
+        let pod = template.spec.context("a pod's spec")?;
+        let captured = meta.annotations.unwrap_or_default();
+        let mode = captured.get("sidecar.istio.io/interceptionMode").map(String::as_str);
+        let mut spec = PodSpec::new(SYSTEM, name);
+        spec.labels = meta.labels.unwrap_or_default();
+        spec.service_account = pod.service_account_name.context("a service account")?;
+        spec.capture = mode != Some("NONE");
+        let args = pod.containers.first().and_then(|container| container.args.clone());
+        Ok((spec, args.unwrap_or_default()))
+    }
+
+    /// Starts a replica of the global proxy.
+    ///
+    /// # Errors
+    /// Fails when it does not get ready.
+    pub async fn start_global_proxy(&mut self, name: &str) -> anyhow::Result<()> {
+        let (spec, _) = self.replica("global-proxy", name).await?;
+        self.pod(spec.app(App::Nothing)).await
+    }
+
+    /// Starts a replica of the operator with its own service account's rights, and waits until it is ready.
+    ///
+    /// # Errors
+    /// Fails when it does not get ready.
+    pub async fn start_operator(&mut self, name: &str) -> anyhow::Result<()> {
+        let (mut spec, mut args) = self.replica("fenceline", name).await?;
+        let token = self.token(SYSTEM, &spec.service_account, "").await?;
+        let path = self.scratch.join(format!("{name}.kubeconfig"));
+        let server = format!("https://{ADDRESS}:{API_PORT}");
+        std::fs::write(&path, kubeconfig(&server, &token))?;
+        let env = [("KUBECONFIG".to_owned(), path.to_string_lossy().into_owned())];
+        args.extend(self.operator_args.iter().cloned());
+        let program = self.tools.fenceline.clone();
+        spec = spec.app(App::Command { program, args, env: BTreeMap::from(env) });
+        self.pod(spec).await?;
+        self.operator_ready(name).await
+    }
+
+    /// Waits until `/readyz` says so.
+    ///
+    /// # Errors
+    /// Fails when it does not in time.
+    pub async fn operator_ready(&self, name: &str) -> anyhow::Result<()> {
+        eventually(PATIENCE, "the operator is ready", async || {
+            let ready = self.operator_get(name, "/readyz").await?;
+            anyhow::ensure!(ready.0 == 200, "{ready:?}");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Asks the operator's admin port, from the lab's own network, as a kubelet or Prometheus would.
+    ///
+    /// # Errors
+    /// Fails when nothing answers.
+    pub async fn operator_get(&self, name: &str, path: &str) -> anyhow::Result<(u16, String)> {
+        let ip = self.running(SYSTEM, name)?.ip;
+        let mut call = request(Protocol::Http1, &format!("{ip}:8080"), (ip, 8080).into());
+        path.clone_into(&mut call.path);
+        let outcome = crate::app::Caller::default().call(&call).await;
+        anyhow::ensure!(outcome.status != 0, "no answer: {outcome:?}");
+        Ok((outcome.status, outcome.body))
+    }
+
+    /// A metric of the operator, summed over the series whose labels contain `labels`.
+    ///
+    /// # Errors
+    /// Fails when the operator does not answer.
+    pub async fn metric(&self, operator: &str, name: &str, labels: &str) -> anyhow::Result<f64> {
+        let (_, text) = self.operator_get(operator, "/metrics").await?;
+        let named = text.lines().filter(|line| {
+            let end = line.find(['{', ' ']).unwrap_or(line.len());
+            line[..end] == *name && line.contains(labels)
+        });
+        Ok(named.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    }
+}
