@@ -21,7 +21,7 @@ use crate::tools::{Tools, checkout};
 use crate::wait::eventually;
 
 /// How long anything that should happen may take here before a test fails: generous, since two cores run it all.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// istiod's MeshConfig in the lab: Istio's defaults, but for filters that stock Envoy lacks.
 pub const MESH_CONFIG: &str = "\
@@ -338,8 +338,14 @@ impl Lab {
             let _ = std::fs::write(folder.join(file), text);
         }
         for (id, pod) in self.pods.iter().filter(|(_, pod)| pod.spec.sidecar) {
-            let dump = pod.envoy("/config_dump").await.unwrap_or_else(|error| format!("{error:#}"));
-            let _ = std::fs::write(folder.join(format!("{id}.config_dump.json")), dump);
+            for (path, file) in [
+                ("/config_dump?include_eds", "config_dump.json"),
+                ("/stats?usedonly", "stats.txt"),
+                ("/clusters", "clusters.txt"),
+            ] {
+                let text = pod.envoy(path).await.unwrap_or_else(|error| format!("{error:#}"));
+                let _ = std::fs::write(folder.join(format!("{id}.{file}")), text);
+            }
         }
         folder
     }

@@ -242,7 +242,8 @@ impl Pod {
             .arg(format!("{}.svc.cluster.local", spec.namespace))
             .arg("--templateFile")
             .arg(&self.tools.envoy_bootstrap)
-            .args(["--concurrency", "1", "--proxyLogLevel", "warning"]);
+            .args(["--concurrency", "1", "--proxyLogLevel"])
+            .arg(std::env::var("LAB_PROXY_LOG").unwrap_or_else(|_| "warning".to_owned()));
         let labels = serde_json::to_string(&spec.labels)?;
         let proxy = json!({
             "discoveryAddress": "istiod.istio-system.svc:15012",
