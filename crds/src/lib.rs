@@ -36,7 +36,10 @@ mod tests {
                 std::fs::write(&path, &want).unwrap();
             }
             let have = std::fs::read_to_string(&path).unwrap_or_default();
-            assert!(have == want, "crds/{name} is old: run `fenceline crds > crds/{name}`");
+            assert!(
+                have == want,
+                "crds/{name} is old: run `fenceline crds > crds/{name}`"
+            );
         }
     }
 }

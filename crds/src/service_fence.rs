@@ -1,6 +1,9 @@
 //! `ServiceFence`: the scope of one workload.
 
-#![allow(unreachable_pub, reason = "KubeSchema repeats each struct in a place of its own")]
+#![allow(
+    unreachable_pub,
+    reason = "KubeSchema repeats each struct in a place of its own"
+)]
 
 use std::collections::BTreeMap;
 
@@ -24,8 +27,8 @@ use serde::{Deserialize, Serialize};
     category = "fenceline",
     derive = "PartialEq",
     derive = "Default",
-    validation = Rule::new("self.metadata.name.size() <= 200")
-        .message("a ServiceFence's name is at most 200 characters long: objects are named after it"),
+    validation = Rule::new("self.metadata.name.size() <= 63")
+        .message("a ServiceFence's name is at most 63 characters long: objects are labelled with it"),
     printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode"),
     printcolumn(
         name = "Imported",
@@ -187,7 +190,9 @@ pub struct Scope {
 }
 
 /// Why we believe in a dependency.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 pub enum Evidence {
     /// The global proxy saw the workload call it.
     GlobalProxy,

@@ -45,7 +45,9 @@ pub fn kubeconfig(server: &str, token: &str) -> String {
 pub async fn client(path: &Path) -> anyhow::Result<kube::Client> {
     let config = Kubeconfig::read_from(path).with_context(|| path.display().to_string())?;
     let options = KubeConfigOptions::default();
-    Ok(kube::Client::try_from(kube::Config::from_custom_kubeconfig(config, &options).await?)?)
+    Ok(kube::Client::try_from(
+        kube::Config::from_custom_kubeconfig(config, &options).await?,
+    )?)
 }
 
 /// The administrator's token; the lab's network has nobody else in it.
@@ -67,11 +69,15 @@ impl ControlPlane {
         let etcd = Process::start("etcd", logs, etcd(tools, scratch))?;
         let mut apiserver = Process::start("kube-apiserver", logs, apiserver(tools, scratch))?;
         let client = client(&kubeconfig_path).await?;
-        eventually(Duration::from_secs(60), "kube-apiserver answers", async || {
-            apiserver.still_runs()?;
-            client.apiserver_version().await?;
-            Ok(())
-        })
+        eventually(
+            Duration::from_secs(60),
+            "kube-apiserver answers",
+            async || {
+                apiserver.still_runs()?;
+                client.apiserver_version().await?;
+                Ok(())
+            },
+        )
         .await?;
         let manager = controller_manager(tools, scratch, &kubeconfig_path);
         let controller_manager = Process::start("kube-controller-manager", logs, manager)?;
@@ -183,7 +189,11 @@ fn istiod(tools: &Tools, scratch: &Path, kubeconfig: &Path, mesh_config: &Path) 
         .arg(kubeconfig)
         .arg("--meshConfig")
         .arg(mesh_config)
-        .args(["--grpcAddr=:15010", "--secureGRPCAddr=:15012", "--httpAddr=:8080"])
+        .args([
+            "--grpcAddr=:15010",
+            "--secureGRPCAddr=:15012",
+            "--httpAddr=:8080",
+        ])
         .args(["--httpsAddr=", "--monitoringAddr=:15014"])
         .current_dir(scratch)
         .envs([

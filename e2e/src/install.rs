@@ -35,26 +35,38 @@ impl Lab {
     /// # Errors
     /// Fails when the API refuses it.
     pub async fn apply_manifests(&self) -> anyhow::Result<()> {
-        self.kubectl(&["apply", "--server-side", "-f", "crds/servicefences.yaml"]).await?;
+        self.kubectl(&["apply", "--server-side", "-f", "crds/servicefences.yaml"])
+            .await?;
         let crd = "--for=condition=Established";
-        self.kubectl(&["wait", crd, "crd/servicefences.fenceline.dev"]).await?;
-        self.kubectl(&["apply", "--validate=strict", "-k", "global-proxy-config"]).await?;
+        self.kubectl(&["wait", crd, "crd/servicefences.fenceline.dev"])
+            .await?;
+        self.kubectl(&["apply", "--validate=strict", "-k", "global-proxy-config"])
+            .await?;
         Ok(())
     }
 
     /// A pod as the Deployment's template asks for it.
-    async fn replica(&self, deployment: &str, name: &str) -> anyhow::Result<(PodSpec, Vec<String>)> {
+    async fn replica(
+        &self,
+        deployment: &str,
+        name: &str,
+    ) -> anyhow::Result<(PodSpec, Vec<String>)> {
         let api: Api<Deployment> = Api::namespaced(self.client.clone(), SYSTEM);
         let template = api.get(deployment).await?.spec.context("a spec")?.template;
         let meta = template.metadata.unwrap_or_default();
         let pod = template.spec.context("a pod's spec")?;
         let captured = meta.annotations.unwrap_or_default();
-        let mode = captured.get("sidecar.istio.io/interceptionMode").map(String::as_str);
+        let mode = captured
+            .get("sidecar.istio.io/interceptionMode")
+            .map(String::as_str);
         let mut spec = PodSpec::new(SYSTEM, name);
         spec.labels = meta.labels.unwrap_or_default();
         spec.service_account = pod.service_account_name.context("a service account")?;
         spec.capture = mode != Some("NONE");
-        let args = pod.containers.first().and_then(|container| container.args.clone());
+        let args = pod
+            .containers
+            .first()
+            .and_then(|container| container.args.clone());
         Ok((spec, args.unwrap_or_default()))
     }
 
@@ -80,7 +92,11 @@ impl Lab {
         let env = [("KUBECONFIG".to_owned(), path.to_string_lossy().into_owned())];
         args.extend(self.operator_args.iter().cloned());
         let program = self.tools.fenceline.clone();
-        spec = spec.app(App::Command { program, args, env: BTreeMap::from(env) });
+        spec = spec.app(App::Command {
+            program,
+            args,
+            env: BTreeMap::from(env),
+        });
         self.pod(spec).await?;
         self.operator_ready(name).await
     }
@@ -121,6 +137,8 @@ impl Lab {
             let end = line.find(['{', ' ']).unwrap_or(line.len());
             line[..end] == *name && line.contains(labels)
         });
-        Ok(named.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        Ok(named
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum())
     }
 }

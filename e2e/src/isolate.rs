@@ -28,7 +28,15 @@ pub fn command(args: &[&str]) -> anyhow::Result<Command> {
     let mut command = Command::new("unshare");
     // kill-child: the kernel ends the first process with its parent, and with it all the others.
     command
-        .args(["--net", "--pid", "--mount", "--fork", "--kill-child=KILL", "--mount-proc", "--"])
+        .args([
+            "--net",
+            "--pid",
+            "--mount",
+            "--fork",
+            "--kill-child=KILL",
+            "--mount-proc",
+            "--",
+        ])
         .arg(program)
         .args(args)
         .env(INSIDE, "1");
@@ -41,7 +49,9 @@ pub fn command(args: &[&str]) -> anyhow::Result<Command> {
 /// Fails when the test does, or when namespaces cannot be made (it takes root).
 pub fn run_test(name: &str) -> anyhow::Result<()> {
     let args = [name, "--exact", "--nocapture", "--include-ignored"];
-    let status = command(&args)?.status().context("could not start `unshare` (util-linux)")?;
+    let status = command(&args)?
+        .status()
+        .context("could not start `unshare` (util-linux)")?;
     if !status.success() {
         bail!("{name} failed inside the lab: {}", explain(status));
     }
@@ -76,7 +86,10 @@ pub fn prepare() -> anyhow::Result<()> {
 /// # Errors
 /// Fails with what it printed when it cannot start or exits non-zero.
 pub fn run(program: &str, args: &[&str]) -> anyhow::Result<String> {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let path = format!(
+        "{}:/usr/sbin:/sbin",
+        std::env::var("PATH").unwrap_or_default()
+    );
     let output = Command::new(program)
         .args(args)
         .env("PATH", path)
@@ -84,7 +97,12 @@ pub fn run(program: &str, args: &[&str]) -> anyhow::Result<String> {
         .with_context(|| format!("could not start {program}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{program} {}: {}: {}", args.join(" "), output.status, said.trim());
+        bail!(
+            "{program} {}: {}: {}",
+            args.join(" "),
+            output.status,
+            said.trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

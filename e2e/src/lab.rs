@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service, ServiceAccount};
 use k8s_openapi::api::core::v1::Pod as PodObject;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service, ServiceAccount};
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::json;
@@ -71,7 +71,9 @@ pub fn in_lab<T>(
     body: impl AsyncFnOnce(&mut Lab) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     isolate::prepare()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let mut lab = Lab::start().await?;
         let result = body(&mut lab).await;
@@ -95,7 +97,10 @@ impl Lab {
         let logs = scratch.join("logs");
         std::fs::create_dir_all(&logs)?;
         run("ip", &["link", "add", "lab0", "type", "bridge"])?;
-        run("ip", &["addr", "add", &format!("{ADDRESS}/16"), "dev", "lab0"])?;
+        run(
+            "ip",
+            &["addr", "add", &format!("{ADDRESS}/16"), "dev", "lab0"],
+        )?;
         run("ip", &["link", "set", "lab0", "up"])?;
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
 
@@ -111,10 +116,18 @@ impl Lab {
             pods: BTreeMap::new(),
             started: 1,
         };
-        lab.apply(&format!("{{apiVersion: v1, kind: Node, metadata: {{name: {NODE}}}}}")).await?;
+        lab.apply(&format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: {NODE}}}}}"
+        ))
+        .await?;
         lab.namespace("istio-system").await?;
-        lab.kubectl(&["apply", "--server-side", "-f", &lab.tools.istio_crds.to_string_lossy()])
-            .await?;
+        lab.kubectl(&[
+            "apply",
+            "--server-side",
+            "-f",
+            &lab.tools.istio_crds.to_string_lossy(),
+        ])
+        .await?;
         lab.control_plane.start_istiod(MESH_CONFIG).await?;
         Ok(lab)
     }
@@ -134,7 +147,11 @@ impl Lab {
             .await
             .context("could not start kubectl")?;
         if !output.status.success() {
-            bail!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "kubectl {}: {}",
+                args.join(" "),
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
@@ -144,10 +161,14 @@ impl Lab {
     /// # Errors
     /// Fails with kubectl's complaint.
     pub async fn apply(&self, yaml: &str) -> anyhow::Result<()> {
-        let file = tempfile::Builder::new().suffix(".yaml").tempfile_in(&self.scratch)?;
+        let file = tempfile::Builder::new()
+            .suffix(".yaml")
+            .tempfile_in(&self.scratch)?;
         std::fs::write(file.path(), yaml)?;
         let path = file.path().to_string_lossy();
-        self.kubectl(&["apply", "--validate=strict", "-f", &path]).await.map(drop)
+        self.kubectl(&["apply", "--validate=strict", "-f", &path])
+            .await
+            .map(drop)
     }
 
     /// # Errors
@@ -155,7 +176,8 @@ impl Lab {
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         let api: Api<Namespace> = Api::all(self.client.clone());
-        api.patch(name, &PatchParams::apply("lab"), &Patch::Apply(object)).await?;
+        api.patch(name, &PatchParams::apply("lab"), &Patch::Apply(object))
+            .await?;
         Ok(())
     }
 
@@ -174,7 +196,8 @@ impl Lab {
             "spec": {"selector": {"app": name}, "ports": ports.collect::<anyhow::Result<Vec<_>>>()?},
         });
         let api: Api<Service> = Api::namespaced(self.client.clone(), namespace);
-        api.patch(name, &PatchParams::apply("lab"), &Patch::Apply(object)).await?;
+        api.patch(name, &PatchParams::apply("lab"), &Patch::Apply(object))
+            .await?;
         Ok(())
     }
 
@@ -189,7 +212,9 @@ impl Lab {
         let number = self.started;
         self.pod_object(&spec, number).await?;
         let root_certificate = self.root_certificate(&namespace).await?;
-        let token = self.token(&namespace, &spec.service_account, "istio-ca").await?;
+        let token = self
+            .token(&namespace, &spec.service_account, "istio-ca")
+            .await?;
         let around = Surroundings {
             tools: &self.tools,
             scratch: &self.scratch,
@@ -212,29 +237,38 @@ impl Lab {
         });
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &spec.namespace);
         let apply = PatchParams::apply("lab");
-        accounts.patch(&spec.service_account, &apply, &Patch::Apply(account)).await?;
+        accounts
+            .patch(&spec.service_account, &apply, &Patch::Apply(account))
+            .await?;
 
         let pods: Api<PodObject> = Api::namespaced(self.client.clone(), &spec.namespace);
         let object = serde_json::from_value(spec.object())?;
-        pods.create(&PostParams::default(), &object).await.context("the Pod object")?;
+        pods.create(&PostParams::default(), &object)
+            .await
+            .context("the Pod object")?;
         let ip = Pod::address(number).to_string();
         let status = json!({"status": {
             "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": ADDRESS,
             "conditions": [{"type": "Ready", "status": "True"}],
         }});
         let patch = PatchParams::default();
-        pods.patch_status(&spec.name, &patch, &Patch::Merge(status)).await?;
+        pods.patch_status(&spec.name, &patch, &Patch::Merge(status))
+            .await?;
         Ok(())
     }
 
     /// The mesh's root certificate, which istiod puts into every namespace.
     async fn root_certificate(&self, namespace: &str) -> anyhow::Result<String> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
-        eventually(PATIENCE, "istiod publishes its root certificate", async || {
-            let map = maps.get("istio-ca-root-cert").await?;
-            let data = map.data.and_then(|mut data| data.remove("root-cert.pem"));
-            data.context("no root-cert.pem")
-        })
+        eventually(
+            PATIENCE,
+            "istiod publishes its root certificate",
+            async || {
+                let map = maps.get("istio-ca-root-cert").await?;
+                let data = map.data.and_then(|mut data| data.remove("root-cert.pem"));
+                data.context("no root-cert.pem")
+            },
+        )
         .await
     }
 
@@ -242,7 +276,12 @@ impl Lab {
     ///
     /// # Errors
     /// Fails when the account does not exist.
-    pub async fn token(&self, namespace: &str, name: &str, audience: &str) -> anyhow::Result<String> {
+    pub async fn token(
+        &self,
+        namespace: &str,
+        name: &str,
+        audience: &str,
+    ) -> anyhow::Result<String> {
         let mut args = vec!["-n", namespace, "create", "token", name, "--duration=24h"];
         if !audience.is_empty() {
             args.extend(["--audience", audience]);
@@ -256,7 +295,9 @@ impl Lab {
     /// Fails when there is none of this name.
     pub fn running(&self, namespace: &str, name: &str) -> anyhow::Result<&Pod> {
         let id = format!("{namespace}.{name}");
-        self.pods.get(&id).with_context(|| format!("no pod {id} runs"))
+        self.pods
+            .get(&id)
+            .with_context(|| format!("no pod {id} runs"))
     }
 
     /// A running pod, to be changed.
@@ -265,7 +306,9 @@ impl Lab {
     /// Fails when there is none of this name.
     pub fn running_mut(&mut self, namespace: &str, name: &str) -> anyhow::Result<&mut Pod> {
         let id = format!("{namespace}.{name}");
-        self.pods.get_mut(&id).with_context(|| format!("no pod {id} runs"))
+        self.pods
+            .get_mut(&id)
+            .with_context(|| format!("no pod {id} runs"))
     }
 
     /// Ends a pod and deletes its object.
@@ -274,9 +317,13 @@ impl Lab {
     /// Fails when there is none of this name.
     pub async fn delete_pod(&mut self, namespace: &str, name: &str) -> anyhow::Result<()> {
         let id = format!("{namespace}.{name}");
-        let pod = self.pods.remove(&id).with_context(|| format!("no pod {id} runs"))?;
+        let pod = self
+            .pods
+            .remove(&id)
+            .with_context(|| format!("no pod {id} runs"))?;
         let api: Api<PodObject> = Api::namespaced(self.client.clone(), namespace);
-        api.delete(name, &DeleteParams::default().grace_period(0)).await?;
+        api.delete(name, &DeleteParams::default().grace_period(0))
+            .await?;
         pod.stop().await
     }
 
@@ -289,9 +336,18 @@ impl Lab {
         let name = labels.next().unwrap_or_default();
         let namespace = labels.next().unwrap_or(from);
         let services: Api<Service> = Api::namespaced(self.client.clone(), namespace);
-        let service = services.get(name).await.with_context(|| format!("DNS knows no {host}"))?;
-        let ip = service.spec.and_then(|spec| spec.cluster_ip).context("no address")?;
-        Ok(SocketAddr::new(ip.parse().context("a headless Service")?, port))
+        let service = services
+            .get(name)
+            .await
+            .with_context(|| format!("DNS knows no {host}"))?;
+        let ip = service
+            .spec
+            .and_then(|spec| spec.cluster_ip)
+            .context("no address")?;
+        Ok(SocketAddr::new(
+            ip.parse().context("a headless Service")?,
+            port,
+        ))
     }
 
     /// Makes the request that an application in the pod would make for `http://AUTHORITY/…`.
@@ -306,7 +362,8 @@ impl Lab {
     ) -> anyhow::Result<Outcome> {
         let (host, port) = authority.rsplit_once(':').unwrap_or((authority, "80"));
         let connect = self.resolve(from.0, host, port.parse()?).await?;
-        self.call(from, &request(protocol, authority, connect)).await
+        self.call(from, &request(protocol, authority, connect))
+            .await
     }
 
     /// Makes a call from a pod.
@@ -326,7 +383,10 @@ impl Lab {
         let _ = run("cp", &["-r", &copy, &folder.to_string_lossy()]);
         for (file, kinds) in [
             ("fences.yaml", "servicefences.fenceline.dev"),
-            ("istio.yaml", "sidecars,envoyfilters,virtualservices,serviceentries"),
+            (
+                "istio.yaml",
+                "sidecars,envoyfilters,virtualservices,serviceentries",
+            ),
             ("cluster.yaml", "namespaces,services,pods"),
             ("events.yaml", "events"),
         ] {
@@ -343,7 +403,10 @@ impl Lab {
                 ("/stats?usedonly", "stats.txt"),
                 ("/clusters", "clusters.txt"),
             ] {
-                let text = pod.envoy(path).await.unwrap_or_else(|error| format!("{error:#}"));
+                let text = pod
+                    .envoy(path)
+                    .await
+                    .unwrap_or_else(|error| format!("{error:#}"));
                 let _ = std::fs::write(folder.join(format!("{id}.{file}")), text);
             }
         }
@@ -355,12 +418,21 @@ impl Lab {
         for (_, pod) in self.pods {
             let _ = pod.stop().await;
         }
-        let ControlPlane { mut etcd, mut apiserver, mut controller_manager, mut istiod, .. } =
-            self.control_plane;
-        for process in [istiod.as_mut(), Some(&mut controller_manager), Some(&mut apiserver)]
-            .into_iter()
-            .chain([Some(&mut etcd)])
-            .flatten()
+        let ControlPlane {
+            mut etcd,
+            mut apiserver,
+            mut controller_manager,
+            mut istiod,
+            ..
+        } = self.control_plane;
+        for process in [
+            istiod.as_mut(),
+            Some(&mut controller_manager),
+            Some(&mut apiserver),
+        ]
+        .into_iter()
+        .chain([Some(&mut etcd)])
+        .flatten()
         {
             let _ = process.kill().await;
         }

@@ -28,7 +28,11 @@ pub enum App {
     #[default]
     Echo,
     /// A program of the test's.
-    Command { program: PathBuf, args: Vec<String>, env: BTreeMap<String, String> },
+    Command {
+        program: PathBuf,
+        args: Vec<String>,
+        env: BTreeMap<String, String>,
+    },
     /// Nothing: the proxy is all.
     Nothing,
 }
@@ -197,7 +201,13 @@ impl Pod {
             .arg(self.folder.join("hosts"))
             .arg(program)
             .current_dir(&self.folder)
-            .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
+            .env(
+                "PATH",
+                format!(
+                    "{}:/usr/sbin:/sbin",
+                    std::env::var("PATH").unwrap_or_default()
+                ),
+            );
         command
     }
 
@@ -206,8 +216,19 @@ impl Pod {
         let agent = self.tools.pilot_agent.to_string_lossy().into_owned();
         let id = self.spec.id();
         let mut args = vec!["netns", "exec", &id, &agent, "istio-iptables"];
-        args.extend(["-p", "15001", "-z", "15006", "-u", PROXY_USER, "-m", "REDIRECT"]);
-        args.extend(["-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020,15000"]);
+        args.extend([
+            "-p", "15001", "-z", "15006", "-u", PROXY_USER, "-m", "REDIRECT",
+        ]);
+        args.extend([
+            "-i",
+            "*",
+            "-x",
+            "",
+            "-b",
+            "*",
+            "-d",
+            "15090,15021,15020,15000",
+        ]);
         let api = API_PORT.to_string();
         // As the operator's Deployment asks for: its watches must outlive its sidecar's restarts.
         args.extend(["-o", &api]);
@@ -216,9 +237,10 @@ impl Pod {
 
     fn secrets(&self, token: &str, root_certificate: &str) -> anyhow::Result<()> {
         let secrets = self.folder.join("var/run/secrets");
-        for (file, content) in
-            [("tokens/istio-token", token), ("istio/root-cert.pem", root_certificate)]
-        {
+        for (file, content) in [
+            ("tokens/istio-token", token),
+            ("istio/root-cert.pem", root_certificate),
+        ] {
             let path = secrets.join(file);
             std::fs::create_dir_all(path.parent().context("a folder")?)?;
             std::fs::write(path, content)?;
@@ -236,7 +258,13 @@ impl Pod {
         let spec = &self.spec;
         let mut command = self.command(Path::new("setpriv"));
         command
-            .args(["--reuid", PROXY_USER, "--regid", PROXY_USER, "--clear-groups"])
+            .args([
+                "--reuid",
+                PROXY_USER,
+                "--regid",
+                PROXY_USER,
+                "--clear-groups",
+            ])
             .arg(&self.tools.pilot_agent)
             .args(["proxy", "sidecar", "--domain"])
             .arg(format!("{}.svc.cluster.local", spec.namespace))
@@ -264,11 +292,16 @@ impl Pod {
             ("TRUST_DOMAIN", "cluster.local"),
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
             ("ISTIO_META_MESH_ID", "cluster.local"),
-            ("ISTIO_META_INTERCEPTION_MODE", if spec.capture { "REDIRECT" } else { "NONE" }),
+            (
+                "ISTIO_META_INTERCEPTION_MODE",
+                if spec.capture { "REDIRECT" } else { "NONE" },
+            ),
             ("ISTIO_META_WORKLOAD_NAME", &spec.name),
             ("ISTIO_METAJSON_LABELS", &labels),
         ]);
-        command.env("INSTANCE_IP", self.ip.to_string()).env("PROXY_CONFIG", proxy.to_string());
+        command
+            .env("INSTANCE_IP", self.ip.to_string())
+            .env("PROXY_CONFIG", proxy.to_string());
         let name = format!("{}.sidecar", spec.id());
         self.sidecar = Some(Process::start(&name, &self.logs, command)?);
         Ok(())
@@ -289,7 +322,9 @@ impl Pod {
             App::Echo => {
                 let _ = std::fs::remove_file(&self.control);
                 let mut command = self.command(&self.tools.lab_app);
-                command.args(["--pod", &self.spec.name, "--control"]).arg(&self.control);
+                command
+                    .args(["--pod", &self.spec.name, "--control"])
+                    .arg(&self.control);
                 for port in &self.spec.http {
                     command.args(["--http", &port.to_string()]);
                 }
@@ -333,8 +368,18 @@ impl Pod {
                 let url = format!("http://127.0.0.1:15000{path}");
                 let agent = &self.tools.pilot_agent;
                 let mut command = self.command(agent);
-                command.args(["request", if path == "/quitquitquit" { "POST" } else { "GET" }]);
-                let output = command.arg(url.trim_start_matches("http://127.0.0.1:15000/")).output().await?;
+                command.args([
+                    "request",
+                    if path == "/quitquitquit" {
+                        "POST"
+                    } else {
+                        "GET"
+                    },
+                ]);
+                let output = command
+                    .arg(url.trim_start_matches("http://127.0.0.1:15000/"))
+                    .output()
+                    .await?;
                 anyhow::ensure!(output.status.success(), "pilot-agent request {path} failed");
                 return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
             }
@@ -348,18 +393,29 @@ impl Pod {
     /// # Errors
     /// Fails when a process of the pod ended or Envoy is not there yet.
     pub async fn ready(&mut self) -> anyhow::Result<()> {
-        for process in [self.app.as_mut(), self.sidecar.as_mut()].into_iter().flatten() {
+        for process in [self.app.as_mut(), self.sidecar.as_mut()]
+            .into_iter()
+            .flatten()
+        {
             process.still_runs()?;
         }
         if self.spec.sidecar {
-            let stats = self.envoy("/stats?filter=listener_manager.workers_started").await?;
-            anyhow::ensure!(stats.contains("workers_started: 1"), "no listeners yet: {stats}");
+            let stats = self
+                .envoy("/stats?filter=listener_manager.workers_started")
+                .await?;
+            anyhow::ensure!(
+                stats.contains("workers_started: 1"),
+                "no listeners yet: {stats}"
+            );
         }
         Ok(())
     }
 
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
-        for process in [self.app.as_mut(), self.sidecar.as_mut()].into_iter().flatten() {
+        for process in [self.app.as_mut(), self.sidecar.as_mut()]
+            .into_iter()
+            .flatten()
+        {
             process.stop(Duration::from_millis(200)).await?;
         }
         run("ip", &["netns", "delete", &self.spec.id()]).map(drop)
@@ -384,7 +440,12 @@ fn network(id: &str, number: u16, ip: Ipv4Addr) -> anyhow::Result<()> {
     let ours = format!("pod{number}");
     let address = format!("{ip}/16");
     run("ip", &["netns", "add", id])?;
-    run("ip", &["link", "add", &ours, "type", "veth", "peer", "name", "eth0", "netns", id])?;
+    run(
+        "ip",
+        &[
+            "link", "add", &ours, "type", "veth", "peer", "name", "eth0", "netns", id,
+        ],
+    )?;
     run("ip", &["link", "set", &ours, "master", "lab0", "up"])?;
     run("ip", &["-n", id, "link", "set", "lo", "up"])?;
     run("ip", &["-n", id, "addr", "add", &address, "dev", "eth0"])?;

@@ -35,7 +35,11 @@ impl Process {
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("could not start {name}"))?;
-        Ok(Self { name: name.to_owned(), log, child })
+        Ok(Self {
+            name: name.to_owned(),
+            log,
+            child,
+        })
     }
 
     pub fn id(&self) -> Option<u32> {
@@ -58,7 +62,10 @@ impl Process {
     /// # Errors
     /// Fails when the signal cannot be sent.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
-        self.child.kill().await.with_context(|| format!("could not end {}", self.name))
+        self.child
+            .kill()
+            .await
+            .with_context(|| format!("could not end {}", self.name))
     }
 
     /// SIGTERM, then SIGKILL after `patience`. Says whether the program ended by itself.
@@ -67,10 +74,16 @@ impl Process {
     /// Fails when a signal cannot be sent.
     pub async fn stop(&mut self, patience: Duration) -> anyhow::Result<bool> {
         let Some(id) = self.id() else { return Ok(true) };
-        if let Some(pid) = i32::try_from(id).ok().and_then(rustix::process::Pid::from_raw) {
+        if let Some(pid) = i32::try_from(id)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+        {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
         }
-        if tokio::time::timeout(patience, self.child.wait()).await.is_ok() {
+        if tokio::time::timeout(patience, self.child.wait())
+            .await
+            .is_ok()
+        {
             return Ok(true);
         }
         self.kill().await?;

@@ -60,9 +60,15 @@ fn present(path: PathBuf, remedy: &str) -> anyhow::Result<PathBuf> {
 /// A program of this workspace, beside the running one or in the folder above it (tests run from `deps/`).
 fn built(name: &str) -> anyhow::Result<PathBuf> {
     let running = std::env::current_exe().context("this program's path")?;
-    let beside = running.ancestors().skip(1).take(2).map(|folder| folder.join(name));
+    let beside = running
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(name));
     match beside.into_iter().find(|path| path.is_file()) {
         Some(path) => Ok(path),
-        None => bail!("{name} is not built: run `cargo build --workspace --bins` in the same profile"),
+        None => {
+            bail!("{name} is not built: run `cargo build --workspace --bins` in the same profile")
+        }
     }
 }

@@ -36,7 +36,9 @@ pub async fn throughout(
 ) -> anyhow::Result<()> {
     let start = Instant::now();
     while start.elapsed() < period {
-        check().await.with_context(|| format!("{:?} on: {what}", start.elapsed()))?;
+        check()
+            .await
+            .with_context(|| format!("{:?} on: {what}", start.elapsed()))?;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())

@@ -11,7 +11,12 @@ const CLIENT: (&str, &str) = ("shop", "client");
 async fn hosts(lab: &Lab, fence: &str) -> anyhow::Result<Vec<String>> {
     let api: Api<Sidecar> = Api::namespaced(lab.client.clone(), "shop");
     let sidecar = api.get(&format!("fenceline-{fence}")).await?;
-    Ok(sidecar.spec.egress.into_iter().flat_map(|listener| listener.hosts).collect())
+    Ok(sidecar
+        .spec
+        .egress
+        .into_iter()
+        .flat_map(|listener| listener.hosts)
+        .collect())
 }
 
 #[test]
@@ -25,10 +30,15 @@ fn a_first_call_works_and_the_next_goes_direct() {
         lab.pod(PodSpec::new("shop", "client").http(80)).await?;
         lab.service("shop", "reviews", &["http:9080"]).await?;
         lab.pod(PodSpec::new("shop", "reviews").http(9080)).await?;
-        lab.service("bank", "ledger", &["http:80", "grpc:9090"]).await?;
-        lab.pod(PodSpec::new("bank", "ledger").http(80).http(9090)).await?;
+        lab.service("bank", "ledger", &["http:80", "grpc:9090"])
+            .await?;
+        lab.pod(PodSpec::new("bank", "ledger").http(80).http(9090))
+            .await?;
         eventually(PATIENCE, "an unfenced call", async || {
-            lab.get(CLIENT, Protocol::Http1, "reviews:9080").await?.report().map(drop)
+            lab.get(CLIENT, Protocol::Http1, "reviews:9080")
+                .await?
+                .report()
+                .map(drop)
         })
         .await?;
 
@@ -56,8 +66,16 @@ fn a_first_call_works_and_the_next_goes_direct() {
         .await?;
 
         for (protocol, authority, host) in [
-            (Protocol::Http1, "reviews:9080", "shop/reviews.shop.svc.cluster.local"),
-            (Protocol::Http2, "ledger.bank", "bank/ledger.bank.svc.cluster.local"),
+            (
+                Protocol::Http1,
+                "reviews:9080",
+                "shop/reviews.shop.svc.cluster.local",
+            ),
+            (
+                Protocol::Http2,
+                "ledger.bank",
+                "bank/ledger.bank.svc.cluster.local",
+            ),
         ] {
             let first = lab.get(CLIENT, protocol, authority).await?;
             let report = first.report()?;
@@ -84,7 +102,10 @@ fn a_first_call_works_and_the_next_goes_direct() {
             .await?;
         }
         let api: Api<ServiceFence> = Api::namespaced(lab.client.clone(), "shop");
-        println!("{}", serde_json::to_string_pretty(&api.get("client").await?.status)?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&api.get("client").await?.status)?
+        );
         Ok(())
     });
 }

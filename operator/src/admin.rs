@@ -25,14 +25,24 @@ pub fn router(registry: Registry, synced: watch::Receiver<bool>, api: ApiHealth)
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .with_state(Admin { registry: Arc::new(registry), synced, api })
+        .with_state(Admin {
+            registry: Arc::new(registry),
+            synced,
+            api,
+        })
 }
 
 async fn ready(State(admin): State<Admin>) -> (StatusCode, &'static str) {
     if !*admin.synced.borrow() {
-        (StatusCode::SERVICE_UNAVAILABLE, "the mesh is not listed yet\n")
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the mesh is not listed yet\n",
+        )
     } else if !admin.api.is_up() {
-        (StatusCode::SERVICE_UNAVAILABLE, "kube-apiserver does not answer\n")
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "kube-apiserver does not answer\n",
+        )
     } else {
         (StatusCode::OK, "ok\n")
     }

@@ -94,7 +94,10 @@ impl Writer {
         let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
         match have {
             Some(have) if !is_ours(have, want) => {
-                return Err(Error::NotOurs { kind: K::KIND, object });
+                return Err(Error::NotOurs {
+                    kind: K::KIND,
+                    object,
+                });
             }
             Some(have) if is_as_wanted(have, want) => return Ok(false),
             _ => {}
@@ -106,8 +109,13 @@ impl Writer {
         if !same_spec(&written, want) {
             // Apply leaves alone what another manager added, and a fence's objects are the fence's alone.
             let rest = undo(&written, want);
-            let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
-            let patched = api.patch(&object.name, &params, &Patch::<()>::Json(rest)).await;
+            let params = PatchParams {
+                field_manager: Some(MANAGER.into()),
+                ..PatchParams::default()
+            };
+            let patched = api
+                .patch(&object.name, &params, &Patch::<()>::Json(rest))
+                .await;
             self.done(K::KIND, "apply", &object, patched)?;
         }
         Ok(true)
@@ -120,12 +128,17 @@ impl Writer {
     pub async fn remove<K: Owned>(&self, have: &K) -> Result<(), Error> {
         let object = Key::new(have.namespace().unwrap_or_default(), have.name_any());
         let params = DeleteParams {
-            preconditions: Some(Preconditions { uid: have.uid(), resource_version: None }),
+            preconditions: Some(Preconditions {
+                uid: have.uid(),
+                resource_version: None,
+            }),
             ..DeleteParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
         match api.delete(&object.name, &params).await {
-            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
+                Ok(())
+            }
             other => self.done(K::KIND, "delete", &object, other).map(drop),
         }
     }
@@ -155,7 +168,9 @@ impl Writer {
         });
         let api: Api<Service> = Api::namespaced(self.client.clone(), &service.namespace);
         let params = PatchParams::apply(MANAGER).force();
-        let written = api.patch(&service.name, &params, &Patch::Apply(object)).await;
+        let written = api
+            .patch(&service.name, &params, &Patch::Apply(object))
+            .await;
         self.done("Service", "apply", service, written).map(drop)
     }
 
@@ -166,7 +181,10 @@ impl Writer {
         object: &Key,
         result: kube::Result<T>,
     ) -> Result<T, Error> {
-        self.metrics.writes.get_or_create(&write(kind, verb, result.is_ok())).inc();
+        self.metrics
+            .writes
+            .get_or_create(&write(kind, verb, result.is_ok()))
+            .inc();
         match &result {
             Ok(_) => tracing::info!(kind, verb, %object, "wrote"),
             Err(error) => self.metrics.api.check(error),
@@ -182,7 +200,10 @@ impl Writer {
 
 fn is_ours<K: Resource>(have: &K, want: &K) -> bool {
     have.labels().get(FENCE_LABEL) == want.labels().get(FENCE_LABEL)
-        && have.labels().get(MANAGED_BY).is_some_and(|manager| manager == MANAGER)
+        && have
+            .labels()
+            .get(MANAGED_BY)
+            .is_some_and(|manager| manager == MANAGER)
 }
 
 fn same_spec<K: Owned>(have: &K, want: &K) -> bool {
@@ -191,13 +212,17 @@ fn same_spec<K: Owned>(have: &K, want: &K) -> bool {
 
 /// Whether everything that we would write is there, and nothing else in the spec.
 fn is_as_wanted<K: Owned>(have: &K, want: &K) -> bool {
-    let labelled = want.labels().iter().all(|(key, value)| have.labels().get(key) == Some(value));
+    let labelled = want
+        .labels()
+        .iter()
+        .all(|(key, value)| have.labels().get(key) == Some(value));
     let is_there = |owner| have.owner_references().contains(owner);
     same_spec(have, want) && labelled && want.owner_references().iter().all(is_there)
 }
 
 /// The patch from the spec that is there to the one that should be.
 fn undo<K: Owned>(have: &K, want: &K) -> json_patch::Patch {
-    let spec = |object: &K| json!({"spec": serde_json::to_value(object.spec()).unwrap_or_default()});
+    let spec =
+        |object: &K| json!({"spec": serde_json::to_value(object.spec()).unwrap_or_default()});
     json_patch::diff(&spec(have), &spec(want))
 }

@@ -45,10 +45,18 @@ pub struct Run {
     #[arg(long, env = "FENCELINE_TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: String,
     /// The cluster's DNS domain.
-    #[arg(long, env = "FENCELINE_CLUSTER_DOMAIN", default_value = "cluster.local")]
+    #[arg(
+        long,
+        env = "FENCELINE_CLUSTER_DOMAIN",
+        default_value = "cluster.local"
+    )]
     pub cluster_domain: String,
     /// Where the access log service listens. Keep it on loopback: the sidecar in front of it checks who calls.
-    #[arg(long, env = "FENCELINE_GRPC_ADDRESS", default_value = "127.0.0.1:18100")]
+    #[arg(
+        long,
+        env = "FENCELINE_GRPC_ADDRESS",
+        default_value = "127.0.0.1:18100"
+    )]
     pub grpc_address: SocketAddr,
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env = "FENCELINE_ADMIN_ADDRESS", default_value = "0.0.0.0:8080")]
@@ -57,7 +65,11 @@ pub struct Run {
     #[arg(long, env = "FENCELINE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
     /// What is logged: a level, or tracing's directives.
-    #[arg(long, env = "FENCELINE_LOG", default_value = "info,kube_lease_manager=warn")]
+    #[arg(
+        long,
+        env = "FENCELINE_LOG",
+        default_value = "info,kube_lease_manager=warn"
+    )]
     pub log: String,
 }
 

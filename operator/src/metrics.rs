@@ -1,7 +1,7 @@
 //! What `/metrics` shows. Labels are few and bounded: never the name of an object.
 
-use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -30,7 +30,11 @@ pub struct Write {
 }
 
 pub fn write(kind: &'static str, verb: &'static str, ok: bool) -> Write {
-    Write { kind, verb, outcome: if ok { "ok" } else { "error" } }
+    Write {
+        kind,
+        verb,
+        outcome: if ok { "ok" } else { "error" },
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -94,15 +98,31 @@ impl Metrics {
             api: _,
         } = self;
         let mut registry = Registry::with_prefix("fenceline");
-        registry.register("api_writes", "Requests to the API that write", writes.clone());
+        registry.register(
+            "api_writes",
+            "Requests to the API that write",
+            writes.clone(),
+        );
         let help = "Access log entries, by what became of them";
         registry.register("observations", help, observations.clone());
         let help = "Access log streams refused, since they were not the global proxy's";
         registry.register("refused_streams", help, refused_streams.clone());
-        registry.register("watch_errors", "Interruptions of watches", watch_errors.clone());
-        registry.register("objects", "Objects in the snapshot of the mesh", objects.clone());
+        registry.register(
+            "watch_errors",
+            "Interruptions of watches",
+            watch_errors.clone(),
+        );
+        registry.register(
+            "objects",
+            "Objects in the snapshot of the mesh",
+            objects.clone(),
+        );
         registry.register("leader", "1 on the replica that acts", leader.clone());
-        registry.register("reconcile_errors", "Failed reconciliations", reconcile_errors.clone());
+        registry.register(
+            "reconcile_errors",
+            "Failed reconciliations",
+            reconcile_errors.clone(),
+        );
         let help = "From an access log entry's arrival to its host being stored in a Sidecar";
         registry.register_with_unit("learning", help, Unit::Seconds, learning.clone());
         let help = "Learnt dependencies that are not stored yet";

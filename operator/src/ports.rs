@@ -18,7 +18,11 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The ports that the operator has to add: those of the mesh, but for the Service's own.
 fn wanted(world: &World, settings: &Settings) -> BTreeSet<u16> {
     let mut ports = BTreeSet::new();
-    for (_, facts) in world.services.iter().filter(|(key, _)| **key != settings.global_proxy) {
+    for (_, facts) in world
+        .services
+        .iter()
+        .filter(|(key, _)| **key != settings.global_proxy)
+    {
         ports.extend(&facts.http_ports);
     }
     ports.remove(&settings.forward_port);
@@ -55,7 +59,10 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
         }
         let want = wanted(&now, &settings);
         if have.is_some_and(|have| is_due(&have, &want, applied.as_ref())) {
-            match writer.ensure_ports(&settings.global_proxy, &want, settings.forward_port).await {
+            match writer
+                .ensure_ports(&settings.global_proxy, &want, settings.forward_port)
+                .await
+            {
                 Ok(()) => applied = Some(want),
                 Err(error) => {
                     tracing::warn!(error = crate::chain(&error), "the global proxy's ports");
@@ -85,8 +92,18 @@ mod tests {
             cluster_domain: "cluster.local".into(),
         };
         let mut mesh = world();
-        service(&mut mesh, "shop", "cart", "{ports: [{port: 80, name: http}, {port: 81, name: grpc}]}");
-        service(&mut mesh, "shop", "db", "{ports: [{port: 5432, name: tcp}, {port: 82, name: x}]}");
+        service(
+            &mut mesh,
+            "shop",
+            "cart",
+            "{ports: [{port: 80, name: http}, {port: 81, name: grpc}]}",
+        );
+        service(
+            &mut mesh,
+            "shop",
+            "db",
+            "{ports: [{port: 5432, name: tcp}, {port: 82, name: x}]}",
+        );
         service(
             &mut mesh,
             "fenceline-system",
@@ -99,10 +116,16 @@ mod tests {
     #[test]
     fn a_port_of_somebody_elses_is_not_fought_over() {
         let (ours, theirs) = (BTreeSet::from([80]), BTreeSet::from([80, 99]));
-        assert!(is_due(&theirs, &ours, None), "once, in case it was ours before a restart");
+        assert!(
+            is_due(&theirs, &ours, None),
+            "once, in case it was ours before a restart"
+        );
         assert!(!is_due(&theirs, &ours, Some(&ours)));
         assert!(!is_due(&ours, &ours, None));
-        assert!(is_due(&BTreeSet::new(), &ours, Some(&ours)), "somebody took it away");
+        assert!(
+            is_due(&BTreeSet::new(), &ours, Some(&ours)),
+            "somebody took it away"
+        );
         assert!(is_due(&theirs, &ours, Some(&theirs)), "a Service went");
     }
 }

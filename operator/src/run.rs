@@ -46,17 +46,35 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         log,
     } = args;
     start_logging(log_format, &log)?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), name, "fenceline starts");
-    let client = kube::Client::try_default().await.context("no access to a Kubernetes API")?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        name,
+        "fenceline starts"
+    );
+    let client = kube::Client::try_default()
+        .await
+        .context("no access to a Kubernetes API")?;
     let stop = CancellationToken::new();
     let metrics = Arc::new(Metrics::default());
 
-    let Feed { world, mut concerned, fences, synced } =
-        feed::start(&client, &cluster_domain, &metrics);
+    let Feed {
+        world,
+        mut concerned,
+        fences,
+        synced,
+    } = feed::start(&client, &cluster_domain, &metrics);
     tokio::spawn(metrics.api.clone().probe(client.clone()));
-    let status = Arc::new(StatusWriter::new(client.clone(), Arc::clone(&metrics), &name));
-    let learner =
-        Learner::new(Arc::clone(&status), world.clone(), Arc::clone(&metrics), clock::system);
+    let status = Arc::new(StatusWriter::new(
+        client.clone(),
+        Arc::clone(&metrics),
+        &name,
+    ));
+    let learner = Learner::new(
+        Arc::clone(&status),
+        world.clone(),
+        Arc::clone(&metrics),
+        clock::system,
+    );
     tokio::spawn(Arc::clone(&learner).run());
 
     let access_log = AccessLog {
@@ -81,9 +99,18 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         .with_graceful_shutdown(stop.clone().cancelled_owned())
         .into_future();
     let admin = tokio::spawn(admin);
-    let grpc = tokio::spawn(serve_access_log(grpc, access_log, synced.clone(), stop.clone()));
+    let grpc = tokio::spawn(serve_access_log(
+        grpc,
+        access_log,
+        synced.clone(),
+        stop.clone(),
+    ));
 
-    let settings = Settings { global_proxy, forward_port, cluster_domain };
+    let settings = Settings {
+        global_proxy,
+        forward_port,
+        cluster_domain,
+    };
     let writer = Writer::new(client.clone(), Arc::clone(&metrics));
     let context = Arc::new(fence::Context {
         world: world.clone(),
@@ -182,7 +209,9 @@ async fn ended() -> anyhow::Result<&'static str> {
 
 fn start_logging(format: LogFormat, directives: &str) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(directives).context("--log")?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().init(),

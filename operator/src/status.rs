@@ -43,8 +43,10 @@ pub struct StatusWriter {
 
 impl StatusWriter {
     pub fn new(client: Client, metrics: Arc<Metrics>, replica: &str) -> Self {
-        let reporter =
-            Reporter { controller: MANAGER.to_owned(), instance: Some(replica.to_owned()) };
+        let reporter = Reporter {
+            controller: MANAGER.to_owned(),
+            instance: Some(replica.to_owned()),
+        };
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             client,
@@ -77,9 +79,14 @@ impl StatusWriter {
         key: &Key,
         change: impl Fn(&ServiceFence) -> ServiceFenceStatus,
     ) -> Result<bool, Error> {
-        let Some(mut base) = self.newest(world, key) else { return Ok(false) };
+        let Some(mut base) = self.newest(world, key) else {
+            return Ok(false);
+        };
         let api: Api<ServiceFence> = Api::namespaced(self.client.clone(), &key.namespace);
-        let failed = |source| Error::Write { fence: key.clone(), source: Box::new(source) };
+        let failed = |source| Error::Write {
+            fence: key.clone(),
+            source: Box::new(source),
+        };
         for _ in 0..ATTEMPTS {
             let status = change(&base);
             if base.status.as_ref() == Some(&status) {
@@ -96,7 +103,9 @@ impl StatusWriter {
                 "status": status,
             });
             let params = PatchParams::apply(MANAGER).force();
-            let written = api.patch_status(&key.name, &params, &Patch::Apply(patch)).await;
+            let written = api
+                .patch_status(&key.name, &params, &Patch::Apply(patch))
+                .await;
             let outcome = write("ServiceFence/status", "apply", written.is_ok());
             self.metrics.writes.get_or_create(&outcome).inc();
             match written {
@@ -124,21 +133,31 @@ impl StatusWriter {
     /// Publishes an event about the fence. Events are for people: one that is lost is logged, no more.
     pub async fn event(&self, fence: &ServiceFence, warning: bool, reason: &str, note: String) {
         let event = Event {
-            type_: if warning { EventType::Warning } else { EventType::Normal },
+            type_: if warning {
+                EventType::Warning
+            } else {
+                EventType::Normal
+            },
             reason: reason.to_owned(),
             note: Some(note),
             action: "Reconcile".to_owned(),
             secondary: None,
         };
         let result = self.recorder.publish(&event, &fence.object_ref(&())).await;
-        self.metrics.writes.get_or_create(&write("Event", "create", result.is_ok())).inc();
+        self.metrics
+            .writes
+            .get_or_create(&write("Event", "create", result.is_ok()))
+            .inc();
         if let Err(error) = result {
             tracing::warn!(%error, reason, "event lost");
         }
     }
 
     pub fn forget(&self, key: &Key) {
-        self.latest.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+        self.latest
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(key);
     }
 }
 
@@ -146,7 +165,9 @@ impl StatusWriter {
 /// (KEP-5504).
 fn is_newer(a: &ServiceFence, b: &ServiceFence) -> bool {
     let version = |fence: &ServiceFence| {
-        fence.resource_version().and_then(|version| version.parse::<u64>().ok())
+        fence
+            .resource_version()
+            .and_then(|version| version.parse::<u64>().ok())
     };
     a.uid() == b.uid() && version(a) > version(b)
 }
@@ -170,8 +191,9 @@ pub fn set_conditions(
     said.iter()
         .map(|said| {
             let status = if said.status { "True" } else { "False" };
-            let before =
-                old.iter().find(|old| old.type_ == said.type_ && old.status == status);
+            let before = old
+                .iter()
+                .find(|old| old.type_ == said.type_ && old.status == status);
             let since = before.map_or(Time(now), |before| before.last_transition_time.clone());
             Condition {
                 type_: said.type_.to_owned(),

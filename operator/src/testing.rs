@@ -1,5 +1,7 @@
 //! Small worlds for tests.
 
+use std::sync::Arc;
+
 use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::Sidecar;
 use k8s_openapi::api::core::v1::Service;
@@ -9,10 +11,12 @@ use serde_json::{Value, json};
 use crate::world::{Key, PodFacts, ServiceFacts, World};
 
 /// A mesh with the namespaces `shop`, `bank` and `fenceline-system`, and nothing in them.
-pub fn world() -> World {
+pub(crate) fn world() -> World {
     let mut world = World::new("cluster.local");
     for namespace in ["shop", "bank", "fenceline-system"] {
-        world.namespaces.insert(namespace.to_owned(), [].into_iter().collect::<std::collections::BTreeMap<_, _>>().into());
+        world
+            .namespaces
+            .insert(namespace.to_owned(), Arc::default());
     }
     world
 }
@@ -21,13 +25,13 @@ pub fn world() -> World {
 ///
 /// # Panics
 /// When the YAML is not a `T`.
-pub fn yaml<T: DeserializeOwned>(text: &str) -> T {
+pub(crate) fn yaml<T: DeserializeOwned>(text: &str) -> T {
     serde_yaml::from_str(text).expect("YAML of a test")
 }
 
 /// Adds a Service that selects `app: NAME` and has one HTTP port, 80; `spec` adds to that or replaces it, and may name
 /// `exportTo`.
-pub fn service(world: &mut World, namespace: &str, name: &str, spec: &str) {
+pub(crate) fn service(world: &mut World, namespace: &str, name: &str, spec: &str) {
     let mut whole = json!({
         "selector": {"app": name},
         "clusterIPs": ["10.96.1.1"],
@@ -46,11 +50,14 @@ pub fn service(world: &mut World, namespace: &str, name: &str, spec: &str) {
         "spec": whole,
     }))
     .expect("a Service");
-    world.set_service(&Key::new(namespace, name), Some(ServiceFacts::from(&object)));
+    world.set_service(
+        &Key::new(namespace, name),
+        Some(ServiceFacts::from(&object)),
+    );
 }
 
 /// Adds a pod labelled `app: NAME` that runs as the service account NAME.
-pub fn pod(world: &mut World, namespace: &str, name: &str, address: &str) {
+pub(crate) fn pod(world: &mut World, namespace: &str, name: &str, address: &str) {
     let facts = PodFacts {
         service_account: name.to_owned(),
         labels: [("app".to_owned(), name.to_owned())].into(),
@@ -60,16 +67,51 @@ pub fn pod(world: &mut World, namespace: &str, name: &str, address: &str) {
 }
 
 /// Adds a Sidecar of somebody else's.
-pub fn foreign_sidecar(world: &mut World, namespace: &str, name: &str, spec: &str) {
+pub(crate) fn foreign_sidecar(world: &mut World, namespace: &str, name: &str, spec: &str) {
     let mut sidecar = Sidecar::new(name, yaml(spec));
     sidecar.metadata.namespace = Some(namespace.to_owned());
-    world.sidecars.insert(Key::new(namespace, name), sidecar.into());
+    world
+        .sidecars
+        .insert(Key::new(namespace, name), sidecar.into());
 }
 
 /// A fence, not yet in a world.
-pub fn fence(namespace: &str, name: &str, spec: &str) -> ServiceFence {
+pub(crate) fn fence(namespace: &str, name: &str, spec: &str) -> ServiceFence {
     let mut fence = ServiceFence::new(name, yaml(spec));
     fence.metadata.namespace = Some(namespace.to_owned());
     fence.metadata.uid = Some(format!("uid-of-{name}"));
     fence
+}
+
+/// Takes in the objects of a YAML file that the world knows of, as the watches would.
+pub(crate) fn load(world: &mut World, text: &str) {
+    use serde::Deserialize;
+    for document in serde_yaml::Deserializer::from_str(text) {
+        let object = Value::deserialize(document).expect("YAML of a test");
+        let meta = |field: &str| {
+            object["metadata"][field]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let key = Key::new(meta("namespace"), meta("name"));
+        match object["kind"].as_str() {
+            Some("Namespace") => {
+                world.namespaces.insert(key.name, Arc::default());
+            }
+            Some("Service") => {
+                let service: Service = serde_json::from_value(object).expect("a Service");
+                let mut facts = ServiceFacts::from(&service);
+                // The API gives each an address.
+                facts.addresses = vec!["10.96.0.1".parse().expect("an address")];
+                facts.needs_scope = facts.http_ports.is_empty();
+                world.set_service(&key, Some(facts));
+            }
+            Some("ServiceFence") => {
+                let fence = fence(&key.namespace, &key.name, &object["spec"].to_string());
+                world.fences.insert(key, fence.into());
+            }
+            _ => {}
+        }
+    }
 }

@@ -135,6 +135,11 @@ mod tests {
             },
         });
         let read: Sidecar = serde_json::from_value(sidecar.clone()).unwrap();
-        assert_eq!(serde_json::to_value(read).unwrap(), sidecar, "{:?}", Value::Null);
+        assert_eq!(
+            serde_json::to_value(read).unwrap(),
+            sidecar,
+            "{:?}",
+            Value::Null
+        );
     }
 }

@@ -113,10 +113,19 @@ impl Caller {
         let start = Instant::now();
         let outcome = match tokio::time::timeout(call.timeout, self.attempt(call)).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(error)) => Outcome { error: Some(format!("{error:#}")), ..Outcome::default() },
-            Err(_) => Outcome { error: Some("timed out".into()), ..Outcome::default() },
+            Ok(Err(error)) => Outcome {
+                error: Some(format!("{error:#}")),
+                ..Outcome::default()
+            },
+            Err(_) => Outcome {
+                error: Some("timed out".into()),
+                ..Outcome::default()
+            },
         };
-        Outcome { took: start.elapsed(), ..outcome }
+        Outcome {
+            took: start.elapsed(),
+            ..outcome
+        }
     }
 
     async fn attempt(&self, call: &Call) -> anyhow::Result<Outcome> {
@@ -126,19 +135,31 @@ impl Caller {
             Protocol::Tcp => {
                 let answer = tcp_round_trip(call.connect, &vec![b'x'; call.body_bytes]).await?;
                 let body = String::from_utf8_lossy(&answer).into_owned();
-                Ok(Outcome { status: 200, body, ..Outcome::default() })
+                Ok(Outcome {
+                    status: 200,
+                    body,
+                    ..Outcome::default()
+                })
             }
         }
     }
 
     async fn http(&self, call: &Call) -> anyhow::Result<Outcome> {
         let key = (call.protocol, call.connect);
-        let idle = self.idle.lock().await.remove(&key).filter(|idle| !idle.is_closed());
+        let idle = self
+            .idle
+            .lock()
+            .await
+            .remove(&key)
+            .filter(|idle| !idle.is_closed());
         let mut connection = match idle {
             Some(connection) => connection,
             None => Connection::open(call.protocol, call.connect).await?,
         };
-        let host = call.authority.strip_suffix(":80").unwrap_or(&call.authority);
+        let host = call
+            .authority
+            .strip_suffix(":80")
+            .unwrap_or(&call.authority);
         let mut request = Request::builder().method(call.method.as_str());
         request = if call.protocol == Protocol::Http1 {
             request.uri(&call.path).header("host", host)
@@ -163,7 +184,10 @@ impl Caller {
 
 fn texts(headers: &http::HeaderMap) -> BTreeMap<String, String> {
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
-    headers.iter().map(|(name, value)| (name.to_string(), text(value))).collect()
+    headers
+        .iter()
+        .map(|(name, value)| (name.to_string(), text(value)))
+        .collect()
 }
 
 async fn grpc(call: &Call) -> anyhow::Result<Outcome> {
@@ -177,23 +201,35 @@ async fn grpc(call: &Call) -> anyhow::Result<Outcome> {
     let mut request = tonic::Request::new(Bytes::from(vec![b'x'; call.body_bytes]));
     for (name, value) in &call.headers {
         let name: HeaderName = name.parse()?;
-        request.metadata_mut().as_mut().insert(name, HeaderValue::from_str(value)?);
+        request
+            .metadata_mut()
+            .as_mut()
+            .insert(name, HeaderValue::from_str(value)?);
     }
     let path = call.path.parse()?;
-    Ok(match client.unary::<Bytes, Bytes, _>(request, path, BytesCodec).await {
-        Ok(answer) => Outcome {
-            status: 200,
-            headers: texts(answer.metadata().as_ref()),
-            body: String::from_utf8_lossy(answer.get_ref()).into_owned(),
-            ..Outcome::default()
+    Ok(
+        match client
+            .unary::<Bytes, Bytes, _>(request, path, BytesCodec)
+            .await
+        {
+            Ok(answer) => Outcome {
+                status: 200,
+                headers: texts(answer.metadata().as_ref()),
+                body: String::from_utf8_lossy(answer.get_ref()).into_owned(),
+                ..Outcome::default()
+            },
+            Err(status) => Outcome {
+                status: if status.code() == tonic::Code::Unavailable {
+                    503
+                } else {
+                    500
+                },
+                headers: texts(status.metadata().as_ref()),
+                error: Some(status.to_string()),
+                ..Outcome::default()
+            },
         },
-        Err(status) => Outcome {
-            status: if status.code() == tonic::Code::Unavailable { 503 } else { 500 },
-            headers: texts(status.metadata().as_ref()),
-            error: Some(status.to_string()),
-            ..Outcome::default()
-        },
-    })
+    )
 }
 
 /// Serves calls, one JSON line each, on a unix socket until the process ends.

@@ -36,7 +36,10 @@ impl Report {
     /// The identity that the pod's own sidecar vouches for: the last `URI=` of `x-forwarded-client-cert`.
     pub fn peer(&self) -> Option<&str> {
         let xfcc = self.headers.get("x-forwarded-client-cert")?;
-        let last = xfcc.rsplit("URI=").next().filter(|_| xfcc.contains("URI="))?;
+        let last = xfcc
+            .rsplit("URI=")
+            .next()
+            .filter(|_| xfcc.contains("URI="))?;
         last.split([';', ',']).next()
     }
 }
@@ -82,12 +85,22 @@ impl Server {
             .headers()
             .get("content-type")
             .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
-        Ok(if grpc { self.grpc(request).await } else { self.plain(request).await })
+        Ok(if grpc {
+            self.grpc(request).await
+        } else {
+            self.plain(request).await
+        })
     }
 
     fn report(&self, request: &Request<Incoming>) -> Report {
-        let host = request.headers().get("host").and_then(|value| value.to_str().ok());
-        let authority = request.uri().authority().map(|authority| authority.as_str());
+        let host = request
+            .headers()
+            .get("host")
+            .and_then(|value| value.to_str().ok());
+        let authority = request
+            .uri()
+            .authority()
+            .map(|authority| authority.as_str());
         Report {
             pod: self.pod.clone(),
             protocol: format!("{:?}", request.version()),
@@ -98,7 +111,10 @@ impl Server {
                 .headers()
                 .iter()
                 .map(|(name, value)| {
-                    (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned())
+                    (
+                        name.to_string(),
+                        String::from_utf8_lossy(value.as_bytes()).into_owned(),
+                    )
                 })
                 .collect(),
             body_bytes: 0,
@@ -132,14 +148,20 @@ impl Server {
     async fn grpc(self, request: Request<Incoming>) -> Response<Body> {
         let report = self.report(&request);
         let echo = tower_echo(move |message: Bytes| {
-            let seen = Report { body_bytes: message.len(), ..report.clone() };
+            let seen = Report {
+                body_bytes: message.len(),
+                ..report.clone()
+            };
             Bytes::from(serde_json::to_vec(&seen).unwrap_or_default())
         });
-        tonic::server::Grpc::new(BytesCodec).streaming(echo, request).await
+        tonic::server::Grpc::new(BytesCodec)
+            .streaming(echo, request)
+            .await
     }
 }
 
-type Replies = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<Bytes, tonic::Status>> + Send>>;
+type Replies =
+    std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<Bytes, tonic::Status>> + Send>>;
 
 #[derive(Clone)]
 struct Echo<F>(F);

@@ -24,14 +24,27 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Args { pod, http, tcp, control } = Args::parse();
+    let Args {
+        pod,
+        http,
+        tcp,
+        control,
+    } = Args::parse();
     let server = Server { pod };
     let mut tasks = tokio::task::JoinSet::new();
     for port in http {
-        tasks.spawn(server.clone().http(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))));
+        tasks.spawn(
+            server
+                .clone()
+                .http(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))),
+        );
     }
     for port in tcp {
-        tasks.spawn(server.clone().tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))));
+        tasks.spawn(
+            server
+                .clone()
+                .tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))),
+        );
     }
     tasks.spawn(async move { serve_control(&control).await });
     while let Some(ended) = tasks.join_next().await {

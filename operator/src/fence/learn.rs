@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use fenceline_crds::{
     Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost,
 };
-use jiff::{SignedDuration, Timestamp};
+use jiff::{SignedDuration, Timestamp, Unit};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
@@ -77,7 +77,14 @@ impl Learner {
         clock: Clock,
     ) -> Arc<Self> {
         let (inbox, wake) = (Mutex::default(), Notify::new());
-        Arc::new(Self { inbox, wake, status, world, metrics, clock })
+        Arc::new(Self {
+            inbox,
+            wake,
+            status,
+            world,
+            metrics,
+            clock,
+        })
     }
 
     fn inbox(&self) -> std::sync::MutexGuard<'_, Inbox> {
@@ -86,15 +93,27 @@ impl Learner {
 
     /// A fence's workload called a host; `received` is when we were told.
     pub fn saw(&self, world: &World, fence: &Key, fqdn: &str, received: Instant) -> Noted {
-        let now = (self.clock)();
-        let known = world.fences.get(fence).is_some_and(|fence| is_known(fence, fqdn, now));
+        // Seconds are enough for people to read.
+        let now = (self.clock)().round(Unit::Second).unwrap_or_default();
+        let known = world
+            .fences
+            .get(fence)
+            .is_some_and(|fence| is_known(fence, fqdn, now));
         if known {
             return Noted::Known;
         }
         let mut inbox = self.inbox();
-        inbox.pending.entry(fence.clone()).or_default().hosts.insert(fqdn.to_owned(), now);
+        inbox
+            .pending
+            .entry(fence.clone())
+            .or_default()
+            .hosts
+            .insert(fqdn.to_owned(), now);
         if inbox.since.len() < TIMED {
-            inbox.since.entry((fence.clone(), fqdn.to_owned())).or_insert(received);
+            inbox
+                .since
+                .entry((fence.clone(), fqdn.to_owned()))
+                .or_insert(received);
         }
         drop(inbox);
         self.wake.notify_one();
@@ -104,7 +123,10 @@ impl Learner {
     /// A fence's workload called a name that nothing answers to. Bounded, whatever is called.
     pub fn saw_unresolved(&self, fence: &Key, name: &str, why: Unresolved) {
         let host: String = name.chars().filter(|c| !c.is_control()).take(253).collect();
-        let entry = UnresolvedHost { host, reason: why.reason().to_owned() };
+        let entry = UnresolvedHost {
+            host,
+            reason: why.reason().to_owned(),
+        };
         let mut inbox = self.inbox();
         let unresolved = &mut inbox.pending.entry(fence.clone()).or_default().unresolved;
         unresolved.retain(|old| *old != entry);
@@ -156,7 +178,12 @@ impl Learner {
 
     /// Waits until every host that was seen is stored.
     pub async fn flush(&self) {
-        let waiting = || self.inbox().pending.values().any(|pending| !pending.hosts.is_empty());
+        let waiting = || {
+            self.inbox()
+                .pending
+                .values()
+                .any(|pending| !pending.hosts.is_empty())
+        };
         while waiting() || self.metrics.waiting.get() > 0.0 {
             tokio::time::sleep(COALESCE).await;
         }
@@ -170,7 +197,9 @@ impl Learner {
         let mut due = HashMap::new();
         let mut later: Option<Duration> = None;
         for (fence, mut waiting) in std::mem::take(pending) {
-            let wait = shown.get(&fence).map(|since| UNRESOLVED_EVERY - since.elapsed());
+            let wait = shown
+                .get(&fence)
+                .map(|since| UNRESOLVED_EVERY - since.elapsed());
             match wait {
                 None => {
                     if !waiting.unresolved.is_empty() {
@@ -182,7 +211,10 @@ impl Learner {
                     let unresolved = std::mem::take(&mut waiting.unresolved);
                     if !unresolved.is_empty() {
                         later = Some(later.map_or(wait, |later| later.min(wait)));
-                        let kept = Pending { unresolved, ..Pending::default() };
+                        let kept = Pending {
+                            unresolved,
+                            ..Pending::default()
+                        };
                         pending.insert(fence.clone(), kept);
                     }
                     if !waiting.hosts.is_empty() {
@@ -211,7 +243,9 @@ impl Learner {
         }
         let mut failed = false;
         while let Some(written) = writes.join_next().await {
-            let Ok(Err((fence, pending, error))) = written else { continue };
+            let Ok(Err((fence, pending, error))) = written else {
+                continue;
+            };
             let error = crate::chain(&error);
             tracing::warn!(%fence, error, "what was learnt is not stored yet; trying again");
             failed = true;
@@ -238,7 +272,11 @@ fn is_known(fence: &ServiceFence, fqdn: &str, now: Timestamp) -> bool {
 fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
     let mut status = fence.status.clone().unwrap_or_default();
     for (host, seen) in &pending.hosts {
-        match status.dependencies.iter_mut().find(|learnt| learnt.host == *host) {
+        match status
+            .dependencies
+            .iter_mut()
+            .find(|learnt| learnt.host == *host)
+        {
             Some(learnt) => {
                 if seen.duration_since(learnt.last_seen) >= FRESH {
                     learnt.last_seen = *seen;
@@ -256,8 +294,14 @@ fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
         }
     }
     status.dependencies.sort_by(|a, b| a.host.cmp(&b.host));
-    let old: BTreeSet<&str> = pending.unresolved.iter().map(|new| new.host.as_str()).collect();
-    status.unresolved.retain(|entry| !old.contains(entry.host.as_str()));
+    let old: BTreeSet<&str> = pending
+        .unresolved
+        .iter()
+        .map(|new| new.host.as_str())
+        .collect();
+    status
+        .unresolved
+        .retain(|entry| !old.contains(entry.host.as_str()));
     status.unresolved.extend(pending.unresolved.iter().cloned());
     let excess = status.unresolved.len().saturating_sub(SHOWN);
     status.unresolved.drain(..excess);
@@ -274,8 +318,14 @@ mod tests {
     }
 
     fn seen(hosts: &[&str], second: i64) -> Pending {
-        let hosts = hosts.iter().map(|host| ((*host).to_owned(), at(second))).collect();
-        Pending { hosts, ..Pending::default() }
+        let hosts = hosts
+            .iter()
+            .map(|host| ((*host).to_owned(), at(second)))
+            .collect();
+        Pending {
+            hosts,
+            ..Pending::default()
+        }
     }
 
     #[test]
@@ -284,7 +334,11 @@ mod tests {
         cart.status = Some(merge(&cart, &seen(&["b", "a"], 0)));
         cart.status = Some(merge(&cart, &seen(&["c"], 10)));
         let status = cart.status.clone().unwrap();
-        let hosts: Vec<&str> = status.dependencies.iter().map(|d| d.host.as_str()).collect();
+        let hosts: Vec<&str> = status
+            .dependencies
+            .iter()
+            .map(|d| d.host.as_str())
+            .collect();
         assert_eq!(hosts, ["a", "b", "c"]);
         // Seen again within the hour: nothing to write.
         assert_eq!(merge(&cart, &seen(&["a"], 3599)), status);
@@ -298,8 +352,14 @@ mod tests {
     fn unresolved_names_are_few_and_the_youngest() {
         let mut cart = fence("shop", "cart", "{}");
         for number in 0..100 {
-            let entry = UnresolvedHost { host: format!("junk-{number}"), reason: "x".into() };
-            let pending = Pending { unresolved: [entry].into(), ..Pending::default() };
+            let entry = UnresolvedHost {
+                host: format!("junk-{number}"),
+                reason: "x".into(),
+            };
+            let pending = Pending {
+                unresolved: [entry].into(),
+                ..Pending::default()
+            };
             cart.status = Some(merge(&cart, &pending));
         }
         let unresolved = cart.status.unwrap().unresolved;

@@ -2,6 +2,8 @@
 
 pub mod learn;
 pub mod plan;
+#[cfg(test)]
+mod plan_tests;
 mod redirect;
 mod said;
 pub mod select;
@@ -54,7 +56,10 @@ impl Settings {
     }
 
     fn global_proxy(&self) -> Host {
-        Host { namespace: self.global_proxy.namespace.clone(), fqdn: self.global_proxy_host() }
+        Host {
+            namespace: self.global_proxy.namespace.clone(),
+            fqdn: self.global_proxy_host(),
+        }
     }
 }
 
@@ -101,7 +106,10 @@ pub async fn run(
     // What came while another replica led is covered by looking at everything once.
     while concerned.try_recv().is_ok() {}
     let (queue, requests) = mpsc::unbounded_channel();
-    let everything = Concerned { all: true, ..Concerned::default() };
+    let everything = Concerned {
+        all: true,
+        ..Concerned::default()
+    };
     enqueue(&context, &everything, &queue);
     let feed = async {
         while let Some(concerned) = concerned.recv().await {
@@ -142,18 +150,30 @@ fn enqueue(
 ) {
     let world = Arc::clone(&context.world.borrow());
     let finds = |fence: &ServiceFence| {
-        fence.spec.dependencies.iter().any(|dependency| dependency.services.is_some())
+        fence
+            .spec
+            .dependencies
+            .iter()
+            .any(|dependency| dependency.services.is_some())
     };
     for (key, fence) in &world.fences {
         let wanted = concerned.all
             || concerned.fences.contains(key)
             || concerned.namespaces.contains(&key.namespace)
             || (concerned.with_selectors && finds(fence));
-        if wanted && queue.send(ObjectRef::new(&key.name).within(&key.namespace)).is_err() {
+        if wanted
+            && queue
+                .send(ObjectRef::new(&key.name).within(&key.namespace))
+                .is_err()
+        {
             return;
         }
     }
-    for key in concerned.fences.iter().filter(|key| !world.fences.contains_key(*key)) {
+    for key in concerned
+        .fences
+        .iter()
+        .filter(|key| !world.fences.contains_key(*key))
+    {
         context.status.forget(key);
     }
 }
@@ -177,10 +197,15 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     let plan = plan(&fence, &world, &context.settings, (context.clock)());
     apply(&key, &plan, &world, context).await?;
     report(&key, &fence, &plan, &world, context).await?;
-    let mut failures = context.failures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut failures = context
+        .failures
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     failures.remove(&key);
     let ends = plan.again_in.and_then(|end| Duration::try_from(end).ok());
-    Ok(Action::requeue(ends.map_or(RESYNC, |end| end.min(RESYNC).max(Duration::from_millis(1)))))
+    Ok(Action::requeue(ends.map_or(RESYNC, |end| {
+        end.min(RESYNC).max(Duration::from_millis(1))
+    })))
 }
 
 /// The order of writes. Adding: the redirect first, since until the Sidecar narrows the scope it catches nothing, and
@@ -190,11 +215,27 @@ async fn apply(key: &Key, plan: &Plan, world: &World, context: &Context) -> Resu
     let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
     let sidecar = world.sidecars.get(&object).map(AsRef::as_ref);
     if let Verdict::Enforce(objects) = &plan.verdict {
-        let Objects { redirect: want_redirect, sidecar: want_sidecar } = objects.as_ref();
-        context.writer.ensure::<EnvoyFilter>(want_redirect, redirect).await?;
-        if context.writer.ensure::<Sidecar>(want_sidecar, sidecar).await? {
-            let hosts = want_sidecar.spec.egress.iter().flat_map(|listener| &listener.hosts);
-            let names = hosts.filter_map(|host| host.split_once('/')).map(|(_, fqdn)| fqdn);
+        let Objects {
+            redirect: want_redirect,
+            sidecar: want_sidecar,
+        } = objects.as_ref();
+        context
+            .writer
+            .ensure::<EnvoyFilter>(want_redirect, redirect)
+            .await?;
+        if context
+            .writer
+            .ensure::<Sidecar>(want_sidecar, sidecar)
+            .await?
+        {
+            let hosts = want_sidecar
+                .spec
+                .egress
+                .iter()
+                .flat_map(|listener| &listener.hosts);
+            let names = hosts
+                .filter_map(|host| host.split_once('/'))
+                .map(|(_, fqdn)| fqdn);
             context.learner.stored(key, names);
         }
         return Ok(());
@@ -225,16 +266,26 @@ async fn report(
     context.status.update(world, key, change).await?;
     let ready = said::ready(plan);
     if before.as_deref() != Some(ready.reason) {
-        tracing::info!(reason = ready.reason, message = ready.message, "fence changed");
+        tracing::info!(
+            reason = ready.reason,
+            message = ready.message,
+            "fence changed"
+        );
         let warning = !ready.status;
-        context.status.event(fence, warning, ready.reason, ready.message).await;
+        context
+            .status
+            .event(fence, warning, ready.reason, ready.message)
+            .await;
     }
     Ok(())
 }
 
 fn retry(fence: &ServiceFence, error: &Error, context: &Context) -> Action {
     let key = Key::new(fence.namespace().unwrap_or_default(), fence.name_any());
-    let mut failures = context.failures.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut failures = context
+        .failures
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let failed = failures.entry(key.clone()).or_default();
     let pause = PAUSE.saturating_mul(1 << (*failed).min(10)).min(MAX_PAUSE);
     *failed += 1;

@@ -2,9 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fenceline_crds::istio::{
-    EgressListener, EnvoyFilter, Sidecar, SidecarSpec, WorkloadSelector,
-};
+use fenceline_crds::istio::{EgressListener, EnvoyFilter, Sidecar, SidecarSpec, WorkloadSelector};
 use fenceline_crds::{Mode, Scope, ServiceFence, ServiceSelector};
 use jiff::{SignedDuration, Timestamp};
 use kube::api::ObjectMeta;
@@ -95,7 +93,10 @@ fn metadata(fence: &ServiceFence) -> ObjectMeta {
 /// list, which would mean everything (istio#59376): the global proxy is always in it.
 fn sidecar(labels: Labels, hosts: &BTreeSet<Host>) -> SidecarSpec {
     SidecarSpec {
-        workload_selector: Some(WorkloadSelector { labels, ..WorkloadSelector::default() }),
+        workload_selector: Some(WorkloadSelector {
+            labels,
+            ..WorkloadSelector::default()
+        }),
         egress: vec![EgressListener {
             hosts: hosts.iter().map(Host::to_string).collect(),
             ..EgressListener::default()
@@ -124,7 +125,9 @@ fn foreign_sidecars(fence: &ServiceFence, labels: &Labels, world: &World) -> Vec
 
 /// Whether a Sidecar selects pods that `labels` select: all of them by its labels, or one that runs.
 fn selects(sidecar: &Sidecar, labels: &Labels, namespace: &str, world: &World) -> bool {
-    let Some(selector) = &sidecar.spec.workload_selector else { return true };
+    let Some(selector) = &sidecar.spec.workload_selector else {
+        return true;
+    };
     let theirs = &selector.labels;
     let shared = || {
         world
@@ -160,8 +163,9 @@ fn scope(
     always.insert(settings.global_proxy());
     scoped.counts.always = count(always.len());
 
-    let learnt: BTreeSet<Host> =
-        learnt(fence, namespace, world).filter(|host| !always.contains(host)).collect();
+    let learnt: BTreeSet<Host> = learnt(fence, namespace, world)
+        .filter(|host| !always.contains(host))
+        .collect();
     scoped.counts.learnt = count(learnt.len());
 
     let mut declared = BTreeSet::new();
@@ -169,12 +173,17 @@ fn scope(
         if dependency.until.is_some_and(|until| until <= now) {
             continue;
         }
-        scoped.next_end = [scoped.next_end, dependency.until].into_iter().flatten().min();
+        scoped.next_end = [scoped.next_end, dependency.until]
+            .into_iter()
+            .flatten()
+            .min();
         if let Some(host) = &dependency.host {
             match declared_host(world, namespace, host) {
                 Ok(host) => drop(declared.insert(host)),
                 Err(why) => {
-                    scoped.remarks.push(format!("spec.dependencies[{index}].host {host}: {why}"));
+                    scoped
+                        .remarks
+                        .push(format!("spec.dependencies[{index}].host {host}: {why}"));
                 }
             }
         }
@@ -182,12 +191,19 @@ fn scope(
             match found(world, namespace, services) {
                 Ok(hosts) => declared.extend(hosts),
                 Err(why) => {
-                    scoped.remarks.push(format!("spec.dependencies[{index}].services: {why}"));
+                    scoped
+                        .remarks
+                        .push(format!("spec.dependencies[{index}].services: {why}"));
                 }
             }
         }
     }
-    scoped.counts.declared = count(declared.iter().filter(|host| !always.contains(host)).count());
+    scoped.counts.declared = count(
+        declared
+            .iter()
+            .filter(|host| !always.contains(host))
+            .count(),
+    );
 
     scoped.hosts = always;
     scoped.hosts.extend(learnt);
@@ -218,7 +234,10 @@ fn hosts_named(world: &World, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
     if hosts.is_empty()
         && let Some(service) = world.service_named(fqdn)
     {
-        hosts.insert(Host { namespace: service.namespace, fqdn: fqdn.to_owned() });
+        hosts.insert(Host {
+            namespace: service.namespace,
+            fqdn: fqdn.to_owned(),
+        });
     }
     hosts
 }
@@ -231,7 +250,10 @@ fn declared_host(world: &World, namespace: &str, host: &str) -> Result<Host, &'s
     };
     let full = host.trim_end_matches('.').to_ascii_lowercase();
     match world.service_named(&full) {
-        Some(service) => Ok(Host { namespace: service.namespace, fqdn: full }),
+        Some(service) => Ok(Host {
+            namespace: service.namespace,
+            fqdn: full,
+        }),
         None => Err(match unknown {
             crate::observe::resolve::Unresolved::Malformed => "not a DNS name",
             crate::observe::resolve::Unresolved::Unknown => "nothing in the mesh answers to it",
@@ -241,13 +263,12 @@ fn declared_host(world: &World, namespace: &str, host: &str) -> Result<Host, &'s
 }
 
 /// The Services that a selector finds, of those that the fence's namespace may see.
-fn found(
-    world: &World,
-    namespace: &str,
-    services: &ServiceSelector,
-) -> Result<Vec<Host>, String> {
+fn found(world: &World, namespace: &str, services: &ServiceSelector) -> Result<Vec<Host>, String> {
     let of_services = select::label_selector(&services.selector)?;
-    let of_namespaces = services.namespace_selector.as_ref().map(select::label_selector);
+    let of_namespaces = services
+        .namespace_selector
+        .as_ref()
+        .map(select::label_selector);
     let of_namespaces = of_namespaces.transpose()?;
     let empty = BTreeMap::new();
     let in_namespace = |key: &Key, selector: &Option<Selector>| match selector {
@@ -266,6 +287,9 @@ fn found(
                 && of_services.matches(&facts.labels)
                 && in_namespace(key, &of_namespaces)
         })
-        .map(|(key, _)| Host { namespace: key.namespace.clone(), fqdn: world.fqdn(key) })
+        .map(|(key, _)| Host {
+            namespace: key.namespace.clone(),
+            fqdn: world.fqdn(key),
+        })
         .collect())
 }

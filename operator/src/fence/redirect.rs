@@ -41,8 +41,14 @@ pub(super) fn redirect(labels: &Labels, world: &World, settings: &Settings) -> E
     let namespaces = world.namespaces.keys().map(String::as_str);
     let regex = authority_regex(namespaces, &world.cluster_domain);
     EnvoyFilterSpec {
-        workload_selector: Some(WorkloadSelector { labels: labels.clone(), ..Default::default() }),
-        config_patches: CATCH_ALL.iter().map(|vhost| patch(vhost, &regex, settings)).collect(),
+        workload_selector: Some(WorkloadSelector {
+            labels: labels.clone(),
+            ..Default::default()
+        }),
+        config_patches: CATCH_ALL
+            .iter()
+            .map(|vhost| patch(vhost, &regex, settings))
+            .collect(),
         ..EnvoyFilterSpec::default()
     }
 }
@@ -86,7 +92,9 @@ mod tests {
 
     fn caught(name: &str) -> bool {
         let regex = authority_regex(["shop", "bank"].into_iter(), "cluster.local");
-        Regex::new(&format!("^(?:{regex})$")).unwrap().is_match(name)
+        Regex::new(&format!("^(?:{regex})$"))
+            .unwrap()
+            .is_match(name)
     }
 
     #[test]

@@ -16,7 +16,10 @@ pub(super) fn ready(plan: &Plan) -> Said {
     let (status, reason, mut message) = match &plan.verdict {
         Verdict::Enforce(_) => (true, "Enforced", in_scope(plan.scope, "are")),
         Verdict::Observe => {
-            let text = format!("mode Observe: with Enforce, {}", in_scope(plan.scope, "would be"));
+            let text = format!(
+                "mode Observe: with Enforce, {}",
+                in_scope(plan.scope, "would be")
+            );
             (true, "Observing", text)
         }
         Verdict::NoPods(NoPods::ServiceNotFound(service)) => {
@@ -35,11 +38,22 @@ pub(super) fn ready(plan: &Plan) -> Said {
         message.push_str("; ignored: ");
         message.push_str(remark);
     }
-    Said { type_: READY, status, reason, message }
+    Said {
+        type_: READY,
+        status,
+        reason,
+        message,
+    }
 }
 
 fn in_scope(scope: Scope, are: &str) -> String {
-    let Scope { imported, visible: _, learnt, declared, always } = scope;
+    let Scope {
+        imported,
+        visible: _,
+        learnt,
+        declared,
+        always,
+    } = scope;
     format!(
         "{imported} hosts {are} in scope: {learnt} learnt, {declared} declared, \
          {always} that every workload needs"
@@ -62,11 +76,19 @@ fn conditions(plan: &Plan) -> [Said; 3] {
     let enforced = matches!(plan.verdict, Verdict::Enforce(_));
     let conflicted = matches!(plan.verdict, Verdict::Conflicted(_));
     [
-        Said { type_: ENFORCED, status: enforced, ..ready.clone() },
+        Said {
+            type_: ENFORCED,
+            status: enforced,
+            ..ready.clone()
+        },
         Said {
             type_: CONFLICTED,
             status: conflicted,
-            reason: if conflicted { "ForeignSidecar" } else { "NoConflict" },
+            reason: if conflicted {
+                "ForeignSidecar"
+            } else {
+                "NoConflict"
+            },
             message: conflict(plan),
         },
         ready,
@@ -76,7 +98,10 @@ fn conditions(plan: &Plan) -> [Said; 3] {
 /// The reason that the fence last gave for being ready or not, for this generation of its spec or an older one.
 pub(super) fn ready_reason(fence: &ServiceFence) -> Option<String> {
     let status = fence.status.as_ref()?;
-    let ready = status.conditions.iter().find(|condition| condition.type_ == READY)?;
+    let ready = status
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == READY)?;
     Some(ready.reason.clone())
 }
 
@@ -96,7 +121,12 @@ pub(super) fn status(fence: &ServiceFence, plan: &Plan, now: Timestamp) -> Servi
 /// difference of five in a hundred: a thousand fences must not be written because one Service was.
 fn steady(old: Option<Scope>, new: Scope) -> Scope {
     match old {
-        Some(old) if Scope { visible: new.visible, ..old } == new => {
+        Some(old)
+            if Scope {
+                visible: new.visible,
+                ..old
+            } == new =>
+        {
             let small = old.visible.abs_diff(new.visible).saturating_mul(20) < new.visible;
             if small { old } else { new }
         }
@@ -110,11 +140,18 @@ mod tests {
 
     #[test]
     fn a_small_change_of_the_mesh_is_not_written_for_every_fence() {
-        let scope = |visible| Scope { imported: 3, visible, ..Scope::default() };
+        let scope = |visible| Scope {
+            imported: 3,
+            visible,
+            ..Scope::default()
+        };
         assert_eq!(steady(None, scope(100)), scope(100));
         assert_eq!(steady(Some(scope(100)), scope(101)), scope(100));
         assert_eq!(steady(Some(scope(100)), scope(110)), scope(110));
-        let more = Scope { imported: 4, ..scope(101) };
+        let more = Scope {
+            imported: 4,
+            ..scope(101)
+        };
         assert_eq!(steady(Some(scope(100)), more), more);
     }
 }

@@ -31,7 +31,10 @@ pub fn labels(fence: &ServiceFence, world: &World) -> Result<Labels, NoPods> {
         return Ok(selector.match_labels);
     }
     let meta = &fence.metadata;
-    let name = workload.service.or_else(|| meta.name.clone()).unwrap_or_default();
+    let name = workload
+        .service
+        .or_else(|| meta.name.clone())
+        .unwrap_or_default();
     let service = Key::new(meta.namespace.clone().unwrap_or_default(), name);
     match world.services.get(&service) {
         None => Err(NoPods::ServiceNotFound(service.name)),
@@ -44,7 +47,9 @@ pub fn labels(fence: &ServiceFence, world: &World) -> Result<Labels, NoPods> {
 
 /// Whether pods with `labels` are selected by `selector`.
 pub fn matches(selector: &Labels, labels: &Labels) -> bool {
-    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    selector
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
 }
 
 /// The fences of `namespace`.
@@ -76,5 +81,8 @@ pub fn fences_of_pod(world: &World, namespace: &str, pod: &PodFacts) -> Vec<Key>
 /// # Errors
 /// Fails on an operator that does not exist.
 pub fn label_selector(selector: &LabelSelector) -> Result<Selector, String> {
-    selector.clone().try_into().map_err(|error| format!("{error}"))
+    selector
+        .clone()
+        .try_into()
+        .map_err(|error| format!("{error}"))
 }

@@ -63,7 +63,10 @@ impl AccessLogService for AccessLog {
             if let Some(LogEntries::HttpLogs(logs)) = message.log_entries {
                 for entry in &logs.log_entry {
                     let became = self.take(entry, received);
-                    self.metrics.observations.get_or_create(&outcome(became)).inc();
+                    self.metrics
+                        .observations
+                        .get_or_create(&outcome(became))
+                        .inc();
                 }
             }
         }
@@ -75,8 +78,8 @@ impl AccessLog {
     /// Only the global proxy may speak: our sidecar terminates mutual TLS and says who the peer is.
     fn admit(&self, metadata: &tonic::metadata::MetadataMap) -> Result<(), Status> {
         // A header that comes twice is one list.
-        let values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
-        let peer = values.last().and_then(|value| value.to_str().ok());
+        let mut values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
+        let peer = values.next_back().and_then(|value| value.to_str().ok());
         let peer = peer.and_then(Identity::from_forwarded);
         if peer.as_ref() == Some(&self.global_proxy) {
             return Ok(());
@@ -92,7 +95,9 @@ impl AccessLog {
 
     /// Takes one entry in; returns its outcome for the metrics. Never fails: a proxy may report anything.
     fn take(&self, entry: &HttpAccessLogEntry, received: Instant) -> &'static str {
-        let Some(seen) = read(entry) else { return "incomplete" };
+        let Some(seen) = read(entry) else {
+            return "incomplete";
+        };
         // Every trust domain is a mesh of its own; its names and namespaces are not ours.
         if seen.caller.trust_domain != self.global_proxy.trust_domain {
             return "foreign_trust_domain";
@@ -129,24 +134,41 @@ impl AccessLog {
 fn read(entry: &HttpAccessLogEntry) -> Option<Seen<'_>> {
     let common = entry.common_properties.as_ref()?;
     let authority = entry.request.as_ref()?.authority.as_str();
-    Some(Seen { caller: certificate(common)?, address: remote(common)?, authority })
+    Some(Seen {
+        caller: certificate(common)?,
+        address: remote(common)?,
+        authority,
+    })
 }
 
 /// The one identity of the caller's certificate.
 fn certificate(common: &AccessLogCommon) -> Option<Identity> {
-    let certificate = common.tls_properties.as_ref()?.peer_certificate_properties.as_ref()?;
-    let mut uris = certificate.subject_alt_name.iter().filter_map(|name| match &name.san {
-        Some(San::Uri(uri)) => Some(uri),
-        Some(San::Dns(_)) | None => None,
-    });
+    let certificate = common
+        .tls_properties
+        .as_ref()?
+        .peer_certificate_properties
+        .as_ref()?;
+    let mut uris = certificate
+        .subject_alt_name
+        .iter()
+        .filter_map(|name| match &name.san {
+            Some(San::Uri(uri)) => Some(uri),
+            Some(San::Dns(_)) | None => None,
+        });
     let uri = uris.next()?;
-    uris.next().is_none().then(|| Identity::parse(uri)).flatten()
+    uris.next()
+        .is_none()
+        .then(|| Identity::parse(uri))
+        .flatten()
 }
 
 /// The address at the other end of the connection, not what a header claims.
 fn remote(common: &AccessLogCommon) -> Option<IpAddr> {
     let address = common.downstream_direct_remote_address.as_ref();
-    let Address { address: Some(AddressKind::SocketAddress(socket)) } = address? else {
+    let Address {
+        address: Some(AddressKind::SocketAddress(socket)),
+    } = address?
+    else {
         return None;
     };
     socket.address.parse().ok()

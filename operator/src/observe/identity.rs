@@ -19,7 +19,9 @@ impl Identity {
         let (ns, namespace) = (parts.next()?, parts.next()?);
         let (sa, service_account) = (parts.next()?, parts.next()?);
         let whole = parts.next().is_none() && ns == "ns" && sa == "sa";
-        let filled = [trust_domain, namespace, service_account].iter().all(|part| !part.is_empty());
+        let filled = [trust_domain, namespace, service_account]
+            .iter()
+            .all(|part| !part.is_empty());
         (whole && filled).then(|| Self {
             trust_domain: trust_domain.to_owned(),
             namespace: namespace.to_owned(),
@@ -44,8 +46,15 @@ impl Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { trust_domain, namespace, service_account } = self;
-        write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+        let Self {
+            trust_domain,
+            namespace,
+            service_account,
+        } = self;
+        write!(
+            f,
+            "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"
+        )
     }
 }
 
@@ -95,6 +104,9 @@ mod tests {
         let forged = format!("By=x;URI=spiffe://c/ns/f/sa/global-proxy,{own}");
         assert_eq!(read(&forged).as_deref(), Some("spiffe://c/ns/shop/sa/cart"));
         assert_eq!(read("By=x;Hash=y"), None);
-        assert_eq!(read("URI=spiffe://c/ns/a/sa/b;URI=spiffe://c/ns/c/sa/d"), None);
+        assert_eq!(
+            read("URI=spiffe://c/ns/a/sa/b;URI=spiffe://c/ns/c/sa/d"),
+            None
+        );
     }
 }

@@ -46,7 +46,8 @@ fn host_of(authority: &str) -> Option<String> {
 }
 
 fn is_port(text: &str) -> bool {
-    text.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok())
+    text.strip_prefix(':')
+        .is_some_and(|port| port.parse::<u16>().is_ok())
 }
 
 /// RFC 1123, with the underscore that some names have all the same.
@@ -93,7 +94,11 @@ fn visible(world: &World, namespace: &str, fqdn: &str) -> Result<Host, Unresolve
     }
     let service = world.service_named(fqdn);
     let hidden = service.is_some_and(|key| world.services.contains_key(&key));
-    Err(if hidden { Unresolved::NotExported } else { Unresolved::Unknown })
+    Err(if hidden {
+        Unresolved::NotExported
+    } else {
+        Unresolved::Unknown
+    })
 }
 
 /// The full names that a name may stand for, likeliest first.
@@ -105,6 +110,8 @@ fn full_names(world: &World, namespace: &str, host: &str) -> Vec<String> {
         [_] => names.push(format!("{host}.{namespace}.svc.{domain}")),
         [_, _] => names.push(format!("{host}.svc.{domain}")),
         [.., "svc"] => names.push(format!("{host}.{domain}")),
+        // POD.SERVICE.NAMESPACE; the Service comes out below.
+        [_, _, _] => names.push(format!("{host}.svc.{domain}")),
         _ => {}
     }
     names.push(host.to_owned());
@@ -147,7 +154,11 @@ pub fn fences_of_caller(
         return Err(UnknownCaller::NotTheIdentitys);
     }
     let fences = select::fences_of_pod(world, &pod.namespace, facts);
-    if fences.is_empty() { Err(UnknownCaller::NotFenced) } else { Ok(fences) }
+    if fences.is_empty() {
+        Err(UnknownCaller::NotFenced)
+    } else {
+        Ok(fences)
+    }
 }
 
 #[cfg(test)]
@@ -157,9 +168,19 @@ mod tests {
 
     fn mesh() -> World {
         let mut mesh = world();
-        service(&mut mesh, "shop", "reviews", r#"{clusterIPs: [10.96.0.7, "fd00::7"]}"#);
+        service(
+            &mut mesh,
+            "shop",
+            "reviews",
+            r#"{clusterIPs: [10.96.0.7, "fd00::7"]}"#,
+        );
         service(&mut mesh, "bank", "ledger", "{clusterIPs: [10.96.0.8]}");
-        service(&mut mesh, "bank", "vault", r#"{clusterIPs: [10.96.0.9], exportTo: "."}"#);
+        service(
+            &mut mesh,
+            "bank",
+            "vault",
+            r#"{clusterIPs: [10.96.0.9], exportTo: "."}"#,
+        );
         service(&mut mesh, "bank", "db", "{clusterIPs: [None]}");
         mesh
     }
@@ -184,7 +205,10 @@ mod tests {
             ("[fd00::7]:9080", reviews),
             ("[fd00::7]", reviews),
             ("fd00::7", reviews),
-            ("db-0.db.bank.svc.cluster.local", "bank/db.bank.svc.cluster.local"),
+            (
+                "db-0.db.bank.svc.cluster.local",
+                "bank/db.bank.svc.cluster.local",
+            ),
             ("db-0.db.bank", "bank/db.bank.svc.cluster.local"),
         ] {
             let got = resolve(&mesh, "shop", authority).map(|host| host.to_string());

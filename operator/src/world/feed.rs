@@ -83,10 +83,17 @@ pub fn start(client: &kube::Client, cluster_domain: &str, metrics: &Arc<Metrics>
 
     let all = watcher::Config::default();
     let ours = all.clone().labels(&format!("{MANAGED_BY}={MANAGER}"));
-    let watches = Watches { client: client.clone(), changes, metrics: Arc::clone(metrics) };
+    let watches = Watches {
+        client: client.clone(),
+        changes,
+        metrics: Arc::clone(metrics),
+    };
     let domain = cluster_domain.to_owned();
     watches.watch(&all, |key, object: Option<Namespace>| {
-        Change::Namespace(key.name, object.map(|object| object.metadata.labels.unwrap_or_default()))
+        Change::Namespace(
+            key.name,
+            object.map(|object| object.metadata.labels.unwrap_or_default()),
+        )
     });
     watches.watch(&all, |key, object: Option<Service>| {
         Change::Service(key, object.as_ref().map(ServiceFacts::from))
@@ -101,7 +108,9 @@ pub fn start(client: &kube::Client, cluster_domain: &str, metrics: &Arc<Metrics>
     watches.watch(&all, |key, object: Option<Pod>| {
         Change::Pod(key, object.map(|object| pod_facts(&object)))
     });
-    watches.watch(&all, |key, object: Option<Sidecar>| Change::Sidecar(key, object.map(Box::new)));
+    watches.watch(&all, |key, object: Option<Sidecar>| {
+        Change::Sidecar(key, object.map(Box::new))
+    });
     watches.watch(&ours, |key, object: Option<EnvoyFilter>| {
         Change::EnvoyFilter(key, object.map(Box::new))
     });
@@ -109,9 +118,21 @@ pub fn start(client: &kube::Client, cluster_domain: &str, metrics: &Arc<Metrics>
         Change::Fence(key, object.map(Box::new))
     });
 
-    let task = WorldTask { world, publish, concern, sync, writer, waiting: KINDS.into() };
+    let task = WorldTask {
+        world,
+        publish,
+        concern,
+        sync,
+        writer,
+        waiting: KINDS.into(),
+    };
     tokio::spawn(task.run(inbox, Arc::clone(metrics)));
-    Feed { world: published, concerned, fences, synced }
+    Feed {
+        world: published,
+        concerned,
+        fences,
+        synced,
+    }
 }
 
 fn pod_facts(pod: &Pod) -> PodFacts {
@@ -119,9 +140,14 @@ fn pod_facts(pod: &Pod) -> PodFacts {
     let host_network = spec.and_then(|spec| spec.host_network).unwrap_or_default();
     let status = pod.status.as_ref();
     // A finished pod has given its address back.
-    let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
+    let phase = status
+        .and_then(|status| status.phase.as_deref())
+        .unwrap_or_default();
     let addressed = !host_network && !matches!(phase, "Succeeded" | "Failed");
-    let addresses = status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
+    let addresses = status
+        .and_then(|status| status.pod_ips.as_ref())
+        .into_iter()
+        .flatten();
     PodFacts {
         service_account: spec
             .and_then(|spec| spec.service_account_name.clone())
@@ -147,7 +173,13 @@ impl Watches {
         F: Fn(Key, Option<K>) -> Change + Send + 'static,
     {
         let (changes, metrics) = (self.changes.clone(), Arc::clone(&self.metrics));
-        tokio::spawn(follow(Api::all(self.client.clone()), config.clone(), change, changes, metrics));
+        tokio::spawn(follow(
+            Api::all(self.client.clone()),
+            config.clone(),
+            change,
+            changes,
+            metrics,
+        ));
     }
 }
 
@@ -166,8 +198,10 @@ async fn follow<K, F>(
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
     F: Fn(Key, Option<K>) -> Change,
 {
-    let kind: &'static str =
-        KINDS.into_iter().find(|kind| *kind == K::kind(&())).unwrap_or("unknown");
+    let kind: &'static str = KINDS
+        .into_iter()
+        .find(|kind| *kind == K::kind(&()))
+        .unwrap_or("unknown");
     let mut known = BTreeSet::new();
     let mut listed = BTreeSet::new();
     let events = watcher(api, config).default_backoff();
@@ -182,7 +216,12 @@ async fn follow<K, F>(
                 out.push(change);
             }
             Ok(Event::InitDone) => {
-                out.extend(known.difference(&listed).cloned().map(|gone| change(gone, None)));
+                out.extend(
+                    known
+                        .difference(&listed)
+                        .cloned()
+                        .map(|gone| change(gone, None)),
+                );
                 known = std::mem::take(&mut listed);
                 out.push(Change::Synced(kind));
             }
@@ -197,7 +236,10 @@ async fn follow<K, F>(
                 out.push(change(key, None));
             }
             Err(error) => {
-                metrics.watch_errors.get_or_create(&crate::metrics::kind(kind)).inc();
+                metrics
+                    .watch_errors
+                    .get_or_create(&crate::metrics::kind(kind))
+                    .inc();
                 metrics.api.failed();
                 tracing::warn!(kind, %error, "watch interrupted");
             }
@@ -220,9 +262,9 @@ where
     DeserializeGuard<K>: Resource,
 {
     let key = key_of(&object);
-    let object = object
-        .0
-        .inspect_err(|error| tracing::warn!(kind, object = %key, error = %error.error, "unreadable"));
+    let object = object.0.inspect_err(
+        |error| tracing::warn!(kind, object = %key, error = %error.error, "unreadable"),
+    );
     (key.clone(), change(key, object.ok()))
 }
 
@@ -287,9 +329,15 @@ impl WorldTask {
                 set(&mut self.world.sidecars, key, object);
             }
             Change::EnvoyFilter(key, object) => {
-                let old = self.world.envoy_filters.get(&key).map(|old| fence_of(old.as_ref()));
+                let old = self
+                    .world
+                    .envoy_filters
+                    .get(&key)
+                    .map(|old| fence_of(old.as_ref()));
                 let new = object.as_deref().map(fence_of);
-                concerned.fences.extend([old, new].into_iter().flatten().flatten());
+                concerned
+                    .fences
+                    .extend([old, new].into_iter().flatten().flatten());
                 set(&mut self.world.envoy_filters, key, object);
             }
             Change::Fence(key, object) => {
@@ -309,7 +357,8 @@ impl WorldTask {
                     // The store takes only what comes between these two; it holds all fences already.
                     self.writer.apply_watcher_event(&Event::Init);
                     for fence in self.world.fences.values() {
-                        self.writer.apply_watcher_event(&Event::InitApply(fence.as_ref().clone()));
+                        self.writer
+                            .apply_watcher_event(&Event::InitApply(fence.as_ref().clone()));
                     }
                     self.writer.apply_watcher_event(&Event::InitDone);
                 }
@@ -340,7 +389,9 @@ impl WorldTask {
             return;
         }
         let in_every_scope = |facts: Option<&ServiceFacts>| {
-            facts.filter(|facts| facts.needs_scope).map(|facts| facts.export_to.clone())
+            facts
+                .filter(|facts| facts.needs_scope)
+                .map(|facts| facts.export_to.clone())
         };
         let before = in_every_scope(old.map(AsRef::as_ref));
         concerned.all |= before != in_every_scope(facts.as_ref());

@@ -15,7 +15,10 @@ pub struct Key {
 
 impl Key {
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
     }
 }
 
@@ -48,7 +51,11 @@ impl ExportTo {
                 other => drop(named.insert(other.to_owned())),
             }
         }
-        if any { Self::Namespaces(named) } else { Self::Everyone }
+        if any {
+            Self::Namespaces(named)
+        } else {
+            Self::Everyone
+        }
     }
 
     pub fn includes(&self, namespace: &str) -> bool {
@@ -77,17 +84,27 @@ pub struct ServiceFacts {
 /// Istio's protocol selection: `appProtocol`, then the port's name up to the first dash.
 /// <https://istio.io/latest/docs/ops/configuration/traffic-management/protocol-selection/>
 fn is_http(port: &ServicePort) -> bool {
-    if port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP") {
+    if port
+        .protocol
+        .as_deref()
+        .is_some_and(|protocol| protocol != "TCP")
+    {
         return false;
     }
     let declared = match (&port.app_protocol, &port.name) {
         (Some(declared), _) => declared.to_ascii_lowercase(),
-        (None, Some(name)) => {
-            name.split('-').next().unwrap_or_default().to_ascii_lowercase().replace('_', "-")
-        }
+        (None, Some(name)) => name
+            .split('-')
+            .next()
+            .unwrap_or_default()
+            .to_ascii_lowercase()
+            .replace('_', "-"),
         (None, None) => return false,
     };
-    let grpc_web = port.name.as_deref().is_some_and(|name| name.starts_with("grpc-web"));
+    let grpc_web = port
+        .name
+        .as_deref()
+        .is_some_and(|name| name.starts_with("grpc-web"));
     grpc_web
         || matches!(
             declared.as_str(),
@@ -101,7 +118,9 @@ impl From<&Service> for ServiceFacts {
         let annotations = service.metadata.annotations.as_ref();
         let exported = annotations.and_then(|all| all.get("networking.istio.io/exportTo"));
         let spec = service.spec.as_ref();
-        let ports = spec.and_then(|spec| spec.ports.as_deref()).unwrap_or_default();
+        let ports = spec
+            .and_then(|spec| spec.ports.as_deref())
+            .unwrap_or_default();
         let addresses: Vec<IpAddr> = spec
             .and_then(|spec| spec.cluster_ips.as_ref())
             .into_iter()
@@ -110,7 +129,9 @@ impl From<&Service> for ServiceFacts {
             .collect();
         let tcp = |port: &&ServicePort| port.protocol.as_deref().is_none_or(|name| name == "TCP");
         Self {
-            selector: spec.and_then(|spec| spec.selector.clone()).unwrap_or_default(),
+            selector: spec
+                .and_then(|spec| spec.selector.clone())
+                .unwrap_or_default(),
             labels: service.metadata.labels.clone().unwrap_or_default(),
             http_ports: ports
                 .iter()
@@ -141,7 +162,12 @@ impl NamedHosts {
     pub fn of_service_entry(entry: &ServiceEntry) -> Self {
         let namespace = entry.metadata.namespace.as_deref().unwrap_or_default();
         Self {
-            hosts: entry.spec.hosts.iter().map(|host| host.to_ascii_lowercase()).collect(),
+            hosts: entry
+                .spec
+                .hosts
+                .iter()
+                .map(|host| host.to_ascii_lowercase())
+                .collect(),
             export_to: ExportTo::parse(entry.spec.export_to.iter().map(String::as_str), namespace),
         }
     }
@@ -154,7 +180,11 @@ impl NamedHosts {
         let full = |host: &String| {
             let host = host.to_ascii_lowercase();
             let short = !host.contains('.') && host != "*";
-            if short { format!("{host}.{namespace}.svc.{cluster_domain}") } else { host }
+            if short {
+                format!("{host}.{namespace}.svc.{cluster_domain}")
+            } else {
+                host
+            }
         };
         Self {
             hosts: spec.hosts.iter().filter(|_| mesh).map(full).collect(),
@@ -168,7 +198,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn facts(spec: serde_json::Value) -> ServiceFacts {
+    fn facts(spec: &serde_json::Value) -> ServiceFacts {
         let service = json!({"metadata": {"name": "cart", "namespace": "shop"}, "spec": spec});
         ServiceFacts::from(&serde_json::from_value::<Service>(service).unwrap())
     }
@@ -179,15 +209,24 @@ mod tests {
             (json!({"port": 80, "name": "http"}), true),
             (json!({"port": 80, "name": "http-web"}), true),
             (json!({"port": 80, "name": "grpc-api"}), true),
-            (json!({"port": 80, "name": "web", "appProtocol": "http"}), true),
-            (json!({"port": 80, "name": "http", "appProtocol": "tcp"}), false),
-            (json!({"port": 80, "name": "web", "appProtocol": "kubernetes.io/h2c"}), true),
+            (
+                json!({"port": 80, "name": "web", "appProtocol": "http"}),
+                true,
+            ),
+            (
+                json!({"port": 80, "name": "http", "appProtocol": "tcp"}),
+                false,
+            ),
+            (
+                json!({"port": 80, "name": "web", "appProtocol": "kubernetes.io/h2c"}),
+                true,
+            ),
             (json!({"port": 80}), false),
             (json!({"port": 80, "name": "https"}), false),
             (json!({"port": 80, "name": "httpfoo"}), false),
             (json!({"port": 80, "name": "tcp-http"}), false),
         ] {
-            let facts = facts(json!({"clusterIPs": ["10.0.0.1"], "ports": [port]}));
+            let facts = facts(&json!({"clusterIPs": ["10.0.0.1"], "ports": [port]}));
             assert_eq!(facts.http_ports.len(), usize::from(http), "{port}");
             assert_eq!(facts.needs_scope, !http, "{port}");
         }
@@ -196,9 +235,9 @@ mod tests {
     #[test]
     fn udp_ports_and_headless_services() {
         let dns = json!({"port": 53, "name": "dns", "protocol": "UDP"});
-        assert!(!facts(json!({"clusterIPs": ["10.0.0.1"], "ports": [dns]})).needs_scope);
+        assert!(!facts(&json!({"clusterIPs": ["10.0.0.1"], "ports": [dns]})).needs_scope);
         let http = json!({"port": 80, "name": "http"});
-        assert!(facts(json!({"clusterIPs": ["None"], "ports": [http]})).needs_scope);
+        assert!(facts(&json!({"clusterIPs": ["None"], "ports": [http]})).needs_scope);
     }
 
     #[test]

@@ -85,7 +85,12 @@ impl World {
 
     pub fn set_service(&mut self, key: &Key, facts: Option<ServiceFacts>) {
         self.views = Views::default();
-        for address in self.services.get(key).into_iter().flat_map(|old| &old.addresses) {
+        for address in self
+            .services
+            .get(key)
+            .into_iter()
+            .flat_map(|old| &old.addresses)
+        {
             if self.service_of_address.get(address) == Some(key) {
                 self.service_of_address.remove(address);
             }
@@ -101,7 +106,12 @@ impl World {
     }
 
     pub fn set_pod(&mut self, key: &Key, facts: Option<PodFacts>) {
-        for address in self.pods.get(key).into_iter().flat_map(|old| &old.addresses) {
+        for address in self
+            .pods
+            .get(key)
+            .into_iter()
+            .flat_map(|old| &old.addresses)
+        {
             // The address may belong to a newer pod by now.
             if self.pod_of_address.get(address) == Some(key) {
                 self.pod_of_address.remove(address);
@@ -138,12 +148,17 @@ impl World {
 
     /// The full name of a Service.
     pub fn fqdn(&self, service: &Key) -> String {
-        format!("{}.{}.svc.{}", service.name, service.namespace, self.cluster_domain)
+        format!(
+            "{}.{}.svc.{}",
+            service.name, service.namespace, self.cluster_domain
+        )
     }
 
     /// The Service that a full name is the name of, whether it exists or not.
     pub fn service_named(&self, fqdn: &str) -> Option<Key> {
-        let local = fqdn.strip_suffix(&*self.cluster_domain)?.strip_suffix(".svc.")?;
+        let local = fqdn
+            .strip_suffix(&*self.cluster_domain)?
+            .strip_suffix(".svc.")?;
         let (name, namespace) = local.split_once('.')?;
         (!namespace.contains('.')).then(|| Key::new(namespace, name))
     }
@@ -151,9 +166,14 @@ impl World {
     /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries and
     /// VirtualServices call so.
     pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
-        let host = |key: &Key| Host { namespace: key.namespace.clone(), fqdn: fqdn.to_owned() };
+        let host = |key: &Key| Host {
+            namespace: key.namespace.clone(),
+            fqdn: fqdn.to_owned(),
+        };
         let service = self.service_named(fqdn).filter(|key| {
-            self.services.get(key).is_some_and(|facts| facts.export_to.includes(namespace))
+            self.services
+                .get(key)
+                .is_some_and(|facts| facts.export_to.includes(namespace))
         });
         let named = self
             .service_entries
@@ -187,10 +207,16 @@ impl World {
             view.visible += 1;
             if facts.needs_scope {
                 let fqdn = self.fqdn(key);
-                view.always.insert(Host { namespace: key.namespace.clone(), fqdn });
+                view.always.insert(Host {
+                    namespace: key.namespace.clone(),
+                    fqdn,
+                });
             }
         }
-        let named = self.service_entries.iter().chain(self.virtual_services.iter());
+        let named = self
+            .service_entries
+            .iter()
+            .chain(self.virtual_services.iter());
         for (key, hosts) in named.filter(|(_, hosts)| hosts.export_to.includes(namespace)) {
             // A VirtualService for a Service adds no host; a wildcard is never put into a Sidecar.
             for fqdn in hosts.hosts.iter().filter(|host| !host.starts_with('*')) {
@@ -198,7 +224,10 @@ impl World {
                 if service.is_some_and(|service| self.services.contains_key(&service)) {
                     continue;
                 }
-                let host = Host { namespace: key.namespace.clone(), fqdn: fqdn.clone() };
+                let host = Host {
+                    namespace: key.namespace.clone(),
+                    fqdn: fqdn.clone(),
+                };
                 view.visible += u32::from(view.always.insert(host));
             }
         }
