@@ -3,6 +3,7 @@
 
 pub mod app;
 pub mod control_plane;
+pub mod fences;
 pub mod install;
 pub mod isolate;
 pub mod lab;

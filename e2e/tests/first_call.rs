@@ -1,69 +1,42 @@
 //! The main job: a first call works and is learnt; the next goes direct.
 
-use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::Sidecar;
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::{Lab, PATIENCE, PodSpec, wait::eventually};
-use kube::Api;
+use fenceline_e2e::install::OPERATOR;
+use fenceline_e2e::lab::request;
+use fenceline_e2e::{PATIENCE, PodSpec, wait::eventually};
 
 const CLIENT: (&str, &str) = ("shop", "client");
-
-async fn hosts(lab: &Lab, fence: &str) -> anyhow::Result<Vec<String>> {
-    let api: Api<Sidecar> = Api::namespaced(lab.client.clone(), "shop");
-    let sidecar = api.get(&format!("fenceline-{fence}")).await?;
-    Ok(sidecar
-        .spec
-        .egress
-        .into_iter()
-        .flat_map(|listener| listener.hosts)
-        .collect())
-}
 
 #[test]
 fn a_first_call_works_and_the_next_goes_direct() {
     fenceline_e2e::test(async |lab| {
         lab.install().await?;
-        for namespace in ["shop", "bank"] {
-            lab.namespace(namespace).await?;
-        }
-        lab.service("shop", "client", &["http:80"]).await?;
-        lab.pod(PodSpec::new("shop", "client").http(80)).await?;
-        lab.service("shop", "reviews", &["http:9080"]).await?;
-        lab.pod(PodSpec::new("shop", "reviews").http(9080)).await?;
+        lab.namespace("shop").await?;
+        lab.namespace("bank").await?;
+        lab.workload(CLIENT, &[80]).await?;
+        lab.workload(("shop", "reviews"), &[9080]).await?;
         lab.service("bank", "ledger", &["http:80", "grpc:9090"])
             .await?;
         lab.pod(PodSpec::new("bank", "ledger").http(80).http(9090))
             .await?;
-        eventually(PATIENCE, "an unfenced call", async || {
-            lab.get(CLIENT, Protocol::Http1, "reviews:9080")
-                .await?
-                .report()
-                .map(drop)
-        })
-        .await?;
+        lab.workload(("bank", "vault"), &[80]).await?;
+        lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
 
-        lab.apply(
-            "{apiVersion: fenceline.dev/v1alpha1, kind: ServiceFence,
-              metadata: {name: client, namespace: shop}, spec: {}}",
-        )
-        .await?;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
         let nothing = [
             // Its port is not HTTP.
             "default/kubernetes.default.svc.cluster.local",
             "fenceline-system/global-proxy.fenceline-system.svc.cluster.local",
         ];
-        eventually(PATIENCE, "the fence knows nothing", async || {
-            let hosts = hosts(lab, "client").await?;
-            anyhow::ensure!(hosts == nothing, "{hosts:?}");
-            Ok(())
-        })
-        .await?;
-        eventually(PATIENCE, "the client's Envoy has only that", async || {
-            let clusters = lab.running("shop", "client")?.envoy("/clusters").await?;
-            anyhow::ensure!(!clusters.contains("reviews.shop"), "{clusters}");
-            Ok(())
-        })
-        .await?;
+        anyhow::ensure!(
+            lab.scope(CLIENT).await? == nothing,
+            "{:?}",
+            lab.scope(CLIENT).await?
+        );
+        lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
+            .await?;
 
         for (protocol, authority, host) in [
             (
@@ -72,40 +45,147 @@ fn a_first_call_works_and_the_next_goes_direct() {
                 "shop/reviews.shop.svc.cluster.local",
             ),
             (
-                Protocol::Http2,
-                "ledger.bank",
+                Protocol::Grpc,
+                "ledger.bank:9090",
                 "bank/ledger.bank.svc.cluster.local",
             ),
+            (
+                Protocol::Http2,
+                "vault.bank.svc.cluster.local",
+                "bank/vault.bank.svc.cluster.local",
+            ),
         ] {
-            let first = lab.get(CLIENT, protocol, authority).await?;
+            let first = lab.first_call(CLIENT, protocol, authority).await?;
             let report = first.report()?;
-            println!("first call of {authority}: {:?} {report:?}", first.took);
             anyhow::ensure!(
-                report.peer() == Some("spiffe://cluster.local/ns/fenceline-system/sa/global-proxy"),
+                report.host == authority,
+                "the callee saw the Host {}",
+                report.host
+            );
+            lab.until_in_scope(CLIENT, host).await?;
+            let next = lab.until_direct(CLIENT, protocol, authority).await?;
+            println!(
+                "{authority}: first {:?}, direct {:?}",
+                first.took, next.took
+            );
+        }
+        let scope = lab.scope(CLIENT).await?;
+        anyhow::ensure!(scope.len() == 5 && scope.iter().all(|host| !host.contains('*')));
+        Ok(())
+    });
+}
+
+#[test]
+fn names_outside_the_mesh_never_reach_the_global_proxy() {
+    fenceline_e2e::test(async |lab| {
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.workload(CLIENT, &[80]).await?;
+        lab.workload(("shop", "reviews"), &[9080]).await?;
+        // Outside: no Service, no sidecar, only an address.
+        lab.namespace("outside").await?;
+        lab.pod(
+            PodSpec::new("outside", "internet")
+                .http(9080)
+                .without_sidecar(),
+        )
+        .await?;
+        let outside = lab.running("outside", "internet")?.ip;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
+            .await?;
+
+        for authority in [
+            "example.com:9080",
+            "api.example.com:9080",
+            "reviews.shop.example.com:9080",
+        ] {
+            let call = request(Protocol::Http1, authority, (outside, 9080).into());
+            let report = lab.call(CLIENT, &call).await?.report()?;
+            anyhow::ensure!(
+                report.pod == "internet" && report.host == authority,
                 "{report:?}"
             );
-            eventually(PATIENCE, &format!("{host} is in the Sidecar"), async || {
-                let hosts = hosts(lab, "client").await?;
-                anyhow::ensure!(hosts.iter().any(|known| known == host), "{hosts:?}");
-                Ok(())
-            })
-            .await?;
-            eventually(PATIENCE, "the next call goes direct", async || {
-                let next = lab.get(CLIENT, protocol, authority).await?;
-                let report = next.report()?;
-                anyhow::ensure!(
-                    report.peer() == Some("spiffe://cluster.local/ns/shop/sa/client"),
-                    "{report:?}"
-                );
-                Ok(())
-            })
-            .await?;
+            anyhow::ensure!(
+                report.peer().is_none(),
+                "it came through the mesh: {report:?}"
+            );
         }
-        let api: Api<ServiceFence> = Api::namespaced(lab.client.clone(), "shop");
+        // A name of the mesh does, so the silence above is no accident.
+        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        eventually(PATIENCE, "one observation in all", async || {
+            let seen = lab
+                .metric(OPERATOR, "fenceline_observations_total", "")
+                .await?;
+            anyhow::ensure!((seen - 1.0).abs() < 0.5, "{seen} observations");
+            Ok(())
+        })
+        .await
+    });
+}
+
+#[test]
+fn ten_thousand_junk_names_write_nothing_and_cost_little() {
+    const JUNK: usize = 10_000;
+    fenceline_e2e::test(async |lab| {
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.workload(CLIENT, &[80]).await?;
+        lab.workload(("shop", "reviews"), &[9080]).await?;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
+            .await?;
+        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        lab.until_quiet(OPERATOR, std::time::Duration::from_secs(1))
+            .await?;
+        let before = lab.writes(OPERATOR).await?;
+        let sidecar = lab.sidecar(CLIENT).await?;
+        let memory = lab.operator_memory(OPERATOR)?;
+
+        let to = lab.resolve("shop", "reviews", 9080).await?;
+        let lab = &*lab;
+        let started = std::time::Instant::now();
+        let calls = (0..8).map(|worker| async move {
+            for number in (worker..JUNK).step_by(8) {
+                let junk = format!("junk-{number}:9080");
+                let outcome = lab
+                    .call(CLIENT, &request(Protocol::Http1, &junk, to))
+                    .await?;
+                anyhow::ensure!(outcome.status == 503, "{outcome:?}");
+            }
+            anyhow::Ok(())
+        });
+        futures::future::try_join_all(calls).await?;
+        eventually(PATIENCE, "all of them are counted", async || {
+            let seen = lab
+                .metric(OPERATOR, "fenceline_observations_total", "unresolved")
+                .await?;
+            #[expect(clippy::cast_precision_loss, reason = "a small number")]
+            let all = seen > JUNK as f64 - 0.5;
+            anyhow::ensure!(all, "{seen} observations");
+            Ok(())
+        })
+        .await?;
+        let writes = lab.writes(OPERATOR).await? - before;
+        let grown = lab.operator_memory(OPERATOR)?.saturating_sub(memory);
         println!(
-            "{}",
-            serde_json::to_string_pretty(&api.get("client").await?.status)?
+            "{JUNK} names in {:?}: {writes} writes, {grown} KiB more",
+            started.elapsed()
         );
+        // Only the list that people read, and that once a minute.
+        anyhow::ensure!(writes < 2.5, "{writes} writes");
+        anyhow::ensure!(grown < 8 * 1024, "{grown} KiB");
+        anyhow::ensure!(
+            lab.sidecar(CLIENT).await? == sidecar,
+            "the Sidecar was touched"
+        );
+        let status = lab.get_fence(CLIENT).await?.status.unwrap_or_default();
+        anyhow::ensure!(status.dependencies.len() == 1, "{status:?}");
+        anyhow::ensure!((1..=8).contains(&status.unresolved.len()), "{status:?}");
         Ok(())
     });
 }
