@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use http_body_util::{BodyExt, Full};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio::process::Command;
 
@@ -103,6 +104,20 @@ impl ControlPlane {
         Ok(())
     }
 
+    /// Makes etcd forget all history: a watch that starts from an older version is told 410 Gone.
+    ///
+    /// # Errors
+    /// Fails when etcd does not answer.
+    pub async fn compact(&self) -> anyhow::Result<()> {
+        let answer = etcd_post("/v3/kv/range", r#"{"key": "AA=="}"#).await?;
+        let answer: serde_json::Value = serde_json::from_str(&answer)?;
+        let revision = answer["header"]["revision"]
+            .as_str()
+            .context("etcd's revision")?;
+        let request = format!(r#"{{"revision": "{revision}", "physical": true}}"#);
+        etcd_post("/v3/kv/compaction", &request).await.map(drop)
+    }
+
     /// Starts istiod, or starts it again after it was ended.
     ///
     /// # Errors
@@ -121,6 +136,27 @@ impl ControlPlane {
         self.istiod = Some(istiod);
         Ok(())
     }
+}
+
+/// etcd's JSON gateway: <https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/>
+async fn etcd_post(path: &str, body: &str) -> anyhow::Result<String> {
+    let stream = tokio::net::TcpStream::connect(("127.0.0.1", 2379)).await?;
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (mut send, connection) = hyper::client::conn::http1::handshake(io).await?;
+    tokio::spawn(connection);
+    let body = Full::new(bytes::Bytes::copy_from_slice(body.as_bytes()));
+    let request = http::Request::post(path)
+        .header("host", "127.0.0.1:2379")
+        .body(body)?;
+    let answer = send.send_request(request).await?;
+    anyhow::ensure!(
+        answer.status().is_success(),
+        "etcd {path}: {}",
+        answer.status()
+    );
+    Ok(String::from_utf8(
+        answer.into_body().collect().await?.to_bytes().to_vec(),
+    )?)
 }
 
 /// kube-apiserver signs service account tokens with a key of its own.

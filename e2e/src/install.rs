@@ -132,19 +132,11 @@ impl Lab {
     /// # Errors
     /// Fails when it does not run.
     pub fn operator_memory(&self, name: &str) -> anyhow::Result<u64> {
-        let address = self.running(SYSTEM, name)?.ip.to_string();
-        let _ = address;
-        let fenceline = self.tools.fenceline.canonicalize()?;
-        for entry in std::fs::read_dir("/proc")? {
-            let path = entry?.path();
-            if std::fs::read_link(path.join("exe")).is_ok_and(|exe| exe == fenceline) {
-                let status = std::fs::read_to_string(path.join("status"))?;
-                let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-                let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
-                return Ok(kib.context("no VmRSS")?.trim().parse()?);
-            }
-        }
-        anyhow::bail!("{name} does not run")
+        let id = self.running(SYSTEM, name)?.app_id()?;
+        let status = std::fs::read_to_string(format!("/proc/{id}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        Ok(kib.context("no VmRSS")?.trim().parse()?)
     }
 
     /// A metric of the operator, summed over the series whose labels contain `labels`.

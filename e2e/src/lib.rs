@@ -9,8 +9,10 @@ pub mod isolate;
 pub mod lab;
 pub mod pod;
 pub mod process;
+pub mod reporter;
 pub mod tools;
 pub mod wait;
 
 pub use lab::{Lab, PATIENCE, test};
 pub use pod::{App, PodSpec};
+pub use rustix::process::Signal;

@@ -340,6 +340,17 @@ impl Pod {
         Ok(())
     }
 
+    /// The application's process id.
+    ///
+    /// # Errors
+    /// Fails when the pod has none.
+    pub fn app_id(&self) -> anyhow::Result<u32> {
+        self.app
+            .as_ref()
+            .and_then(Process::id)
+            .context("this pod runs no application")
+    }
+
     /// The application's process.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
 /// A running program.
@@ -57,6 +58,18 @@ impl Process {
         Ok(())
     }
 
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// Fails when the program has ended.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let id = self.id().and_then(|id| i32::try_from(id).ok());
+        let pid = id
+            .and_then(Pid::from_raw)
+            .with_context(|| format!("{} ended", self.name))?;
+        Ok(kill_process(pid, signal)?)
+    }
+
     /// SIGKILL, and no chance to say goodbye.
     ///
     /// # Errors
@@ -73,13 +86,10 @@ impl Process {
     /// # Errors
     /// Fails when a signal cannot be sent.
     pub async fn stop(&mut self, patience: Duration) -> anyhow::Result<bool> {
-        let Some(id) = self.id() else { return Ok(true) };
-        if let Some(pid) = i32::try_from(id)
-            .ok()
-            .and_then(rustix::process::Pid::from_raw)
-        {
-            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        if self.id().is_none() {
+            return Ok(true);
         }
+        self.signal(Signal::TERM)?;
         if tokio::time::timeout(patience, self.child.wait())
             .await
             .is_ok()

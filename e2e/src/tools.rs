@@ -17,9 +17,10 @@ pub struct Tools {
     pub prometheus: PathBuf,
     pub istio_crds: PathBuf,
     pub envoy_bootstrap: PathBuf,
-    /// Our own: the operator and the application of the pods.
+    /// Our own: the operator, the application of the pods, and what reports by hand.
     pub fenceline: PathBuf,
     pub lab_app: PathBuf,
+    pub lab_reporter: PathBuf,
 }
 
 /// The checkout's root.
@@ -46,6 +47,7 @@ impl Tools {
             envoy_bootstrap: cached("istio/envoy_bootstrap.json")?,
             fenceline: built("fenceline")?,
             lab_app: built("lab-app")?,
+            lab_reporter: built("lab-reporter")?,
         })
     }
 }

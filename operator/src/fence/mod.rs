@@ -28,7 +28,7 @@ use crate::fence::learn::Learner;
 use crate::fence::plan::{Objects, Plan, Verdict, object_name, plan};
 use crate::metrics::Metrics;
 use crate::status::{self, StatusWriter};
-use crate::world::feed::Concerned;
+use crate::world::feed::{Concerned, fence_of};
 use crate::world::{Host, Key, World};
 
 /// What was missed is healed this often.
@@ -112,7 +112,11 @@ pub async fn run(
     };
     enqueue(&context, &everything, &queue);
     let feed = async {
-        while let Some(concerned) = concerned.recv().await {
+        loop {
+            prune(&context).await;
+            let Some(concerned) = concerned.recv().await else {
+                break;
+            };
             enqueue(&context, &concerned, &queue);
         }
     };
@@ -175,6 +179,38 @@ fn enqueue(
         .filter(|key| !world.fences.contains_key(*key))
     {
         context.status.forget(key);
+    }
+}
+
+/// Removes what belongs to fences that are gone. The garbage collector would too, but in any order; here the scope
+/// widens before the redirect goes. What fails is left to it.
+async fn prune(context: &Context) {
+    let world = Arc::clone(&context.world.borrow());
+    let is_orphan = |fence: Option<Key>| fence.is_some_and(|key| !world.fences.contains_key(&key));
+    for sidecar in world
+        .sidecars
+        .values()
+        .filter(|object| is_orphan(fence_of(object.as_ref())))
+    {
+        if let Err(error) = context.writer.remove(sidecar.as_ref()).await {
+            tracing::warn!(
+                error = crate::chain(&error),
+                "left to the garbage collector"
+            );
+            return;
+        }
+    }
+    for filter in world
+        .envoy_filters
+        .values()
+        .filter(|object| is_orphan(fence_of(object.as_ref())))
+    {
+        if let Err(error) = context.writer.remove(filter.as_ref()).await {
+            tracing::warn!(
+                error = crate::chain(&error),
+                "left to the garbage collector"
+            );
+        }
     }
 }
 

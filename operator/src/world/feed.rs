@@ -410,6 +410,10 @@ fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) 
 
 /// The fence that an object of ours was written for.
 pub fn fence_of<K: Resource>(object: &K) -> Option<Key> {
-    let name = object.labels().get(FENCE_LABEL)?;
+    let labels = object.labels();
+    let ours = labels
+        .get(MANAGED_BY)
+        .is_some_and(|manager| manager == MANAGER);
+    let name = labels.get(FENCE_LABEL).filter(|_| ours)?;
     Some(Key::new(object.namespace()?, name))
 }
