@@ -122,16 +122,15 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         clock: clock::system,
         failures: std::sync::Mutex::default(),
     });
-    let mut candidate = None;
+    let candidate = Candidate::stand(client.clone(), namespace, name);
+    let mut leads = candidate.leads.clone();
     let work = async {
-        let candidate = candidate.insert(Candidate::stand(&client, &namespace, &name).await);
         wait_for(&mut synced.clone()).await;
         tracing::info!("the mesh is listed");
         loop {
-            wait_for(&mut candidate.leads).await;
+            wait_for(&mut leads).await;
             metrics.leader.set(1);
             tracing::info!("this replica acts");
-            let mut leads = candidate.leads.clone();
             tokio::select! {
                 () = wait_until_not(&mut leads) => {}
                 () = fence::run(Arc::clone(&context), fences.clone(), &mut concerned) => {}
@@ -154,9 +153,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
             result??;
         }
     }
-    if let Some(candidate) = candidate {
-        let _ = tokio::time::timeout(PATIENCE, candidate.resign()).await;
-    }
+    let _ = tokio::time::timeout(PATIENCE, candidate.resign()).await;
     Ok(())
 }
 
