@@ -127,6 +127,28 @@ impl Lab {
         Ok((outcome.status, outcome.body))
     }
 
+    /// How long each dependency took from its access log entry to the stored Sidecar, by the operator's log; sorted.
+    ///
+    /// # Errors
+    /// Fails when the log cannot be read.
+    pub fn learning_times(&self, name: &str) -> anyhow::Result<Vec<std::time::Duration>> {
+        let log = std::fs::read_to_string(self.logs.join(format!("{SYSTEM}.{name}.app.log")))?;
+        let lines = log
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
+        let fields = lines.map(|line: serde_json::Value| line["fields"].clone());
+        let learnt = fields.filter(|fields| fields["message"] == "in scope");
+        let mut took: Vec<_> = learnt
+            .filter_map(|fields| {
+                fields["took_us"]
+                    .as_u64()
+                    .map(std::time::Duration::from_micros)
+            })
+            .collect();
+        took.sort();
+        Ok(took)
+    }
+
     /// The operator's resident memory, in KiB.
     ///
     /// # Errors

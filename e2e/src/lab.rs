@@ -132,6 +132,14 @@ impl Lab {
         Ok(lab)
     }
 
+    /// kubectl, as it is seen from outside the lab.
+    pub fn kubectl_outside(&self) -> PathBuf {
+        checkout()
+            .join(".cache/kubernetes/kubectl")
+            .canonicalize()
+            .unwrap_or_default()
+    }
+
     /// Runs kubectl and returns what it printed.
     ///
     /// # Errors

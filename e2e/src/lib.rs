@@ -4,6 +4,8 @@
 pub mod app;
 pub mod control_plane;
 pub mod fences;
+pub mod forward;
+pub mod idle;
 pub mod install;
 pub mod isolate;
 pub mod lab;

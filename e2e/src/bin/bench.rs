@@ -1,0 +1,105 @@
+//! `make bench`: how fast Fenceline learns, and how quiet it is when there is nothing to learn.
+
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use fenceline_e2e::app::Protocol;
+use fenceline_e2e::install::OPERATOR;
+use fenceline_e2e::lab::request;
+use fenceline_e2e::wait::eventually;
+use fenceline_e2e::{Lab, PATIENCE, isolate, lab};
+
+const CLIENT: (&str, &str) = ("shop", "client");
+
+/// Measures learning and idling on a real mesh on this machine.
+#[derive(Parser)]
+struct Args {
+    /// Services of the mesh besides.
+    #[arg(long, default_value_t = 500)]
+    services: usize,
+    /// New dependencies, one after another.
+    #[arg(long, default_value_t = 100)]
+    dependencies: usize,
+    /// Seconds to watch the converged operator.
+    #[arg(long, default_value_t = 120)]
+    idle: u64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    if isolate::is_inside() {
+        return lab::in_lab("bench", async |lab| measure(lab, &args).await);
+    }
+    let given: Vec<String> = std::env::args().skip(1).collect();
+    let given: Vec<&str> = given.iter().map(String::as_str).collect();
+    let status = isolate::command(&given)?.status()?;
+    anyhow::ensure!(status.success(), "the bench failed: {status}");
+    Ok(())
+}
+
+async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
+    lab.install().await?;
+    lab.idle_services(args.services.max(args.dependencies))
+        .await?;
+    lab.namespace("shop").await?;
+    lab.workload(CLIENT, &[80]).await?;
+    lab.fence(CLIENT, "{}").await?;
+    lab.until_forgotten(CLIENT, "service-0.idle-0.svc.cluster.local")
+        .await?;
+    lab.until_quiet(OPERATOR, Duration::from_secs(2)).await?;
+    println!("mesh: {} services", args.services);
+    println!("operator memory: {:.1} MB", memory(lab)?);
+
+    let start = Instant::now();
+    let to = lab.resolve("idle-0", "service-0", 80).await?;
+    for number in 0..args.dependencies {
+        // Nobody answers there, which is no matter: the call is reported when it begins.
+        let authority = format!("service-{number}.idle-{}", number / 50);
+        let mut call = request(Protocol::Http1, &authority, to);
+        call.timeout = Duration::from_millis(50);
+        lab.call(CLIENT, &call).await?;
+        let host = format!(
+            "idle-{0}/service-{number}.idle-{0}.svc.cluster.local",
+            number / 50
+        );
+        lab.until_in_scope(CLIENT, &host).await?;
+    }
+    let took = lab.learning_times(OPERATOR)?;
+    anyhow::ensure!(
+        took.len() >= args.dependencies,
+        "only {} were timed",
+        took.len()
+    );
+    let at = |share: usize| took[(took.len() - 1) * share / 100];
+    println!(
+        "log entry received -> Sidecar stored, {} dependencies one by one: p50 {:.1?}, p99 {:.1?}, max {:.1?} ({:.1?} in all)",
+        took.len(),
+        at(50),
+        at(99),
+        at(100),
+        start.elapsed()
+    );
+
+    lab.until_quiet(OPERATOR, Duration::from_secs(2)).await?;
+    let before = lab.writes(OPERATOR).await?;
+    tokio::time::sleep(Duration::from_secs(args.idle)).await;
+    let writes = lab.writes(OPERATOR).await? - before;
+    println!(
+        "API writes of the converged operator in {} s, its Lease not counted: {writes}",
+        args.idle
+    );
+    println!("operator memory: {:.1} MB", memory(lab)?);
+    eventually(PATIENCE, "the operator is well", async || {
+        let errors = lab
+            .metric(OPERATOR, "fenceline_reconcile_errors_total", "")
+            .await?;
+        anyhow::ensure!(errors < 0.5, "{errors} failed reconciliations");
+        Ok(())
+    })
+    .await
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown in megabytes")]
+fn memory(lab: &Lab) -> anyhow::Result<f64> {
+    Ok(lab.operator_memory(OPERATOR)? as f64 * 1024.0 / 1e6)
+}

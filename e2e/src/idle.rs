@@ -1,0 +1,68 @@
+//! The rest of the mesh: services that nobody here calls.
+
+use futures::{StreamExt, TryStreamExt, stream};
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
+use kube::api::PostParams;
+use serde_json::json;
+
+use crate::lab::Lab;
+
+/// How many idle services share a namespace.
+const PER_NAMESPACE: usize = 50;
+
+impl Lab {
+    /// Makes services with an HTTP and a gRPC port and two endpoints each, in namespaces `idle-0`, `idle-1`, …
+    ///
+    /// # Errors
+    /// Fails when the API refuses one.
+    pub async fn idle_services(&self, count: usize) -> anyhow::Result<()> {
+        for number in 0..count.div_ceil(PER_NAMESPACE) {
+            self.namespace(&format!("idle-{number}")).await?;
+        }
+        stream::iter(0..count)
+            .map(|number| self.idle_service(number))
+            .buffer_unordered(16)
+            .try_collect()
+            .await
+    }
+
+    async fn idle_service(&self, number: usize) -> anyhow::Result<()> {
+        let namespace = format!("idle-{}", number / PER_NAMESPACE);
+        let name = format!("service-{number}");
+        let ports = [("http", 80), ("grpc", 9090)];
+        // Without a selector, so that the endpoints below stay.
+        let service = json!({
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"ports": ports.map(|(name, port)| json!({"name": name, "port": port}))},
+        });
+        let [high, low] = u16::try_from(number)?.to_be_bytes();
+        let endpoints = [201, 202].map(|part| {
+            json!({
+                "addresses": [format!("10.{part}.{high}.{low}")],
+                "conditions": {"ready": true},
+            })
+        });
+        let slice = json!({
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "labels": {"kubernetes.io/service-name": name},
+            },
+            "addressType": "IPv4",
+            "endpoints": endpoints,
+            "ports": ports.map(|(name, port)| json!({"name": name, "port": port, "protocol": "TCP"})),
+        });
+        let create = PostParams::default();
+        let services: Api<Service> = Api::namespaced(self.client.clone(), &namespace);
+        services
+            .create(&create, &serde_json::from_value(service)?)
+            .await?;
+        let slices: Api<EndpointSlice> = Api::namespaced(self.client.clone(), &namespace);
+        slices
+            .create(&create, &serde_json::from_value(slice)?)
+            .await?;
+        Ok(())
+    }
+}
