@@ -25,7 +25,15 @@ impl Lab {
     /// # Errors
     /// Fails when something is refused or does not get ready.
     pub async fn install(&mut self) -> anyhow::Result<()> {
-        self.apply_manifests().await?;
+        self.install_from("global-proxy-config").await
+    }
+
+    /// As [`Lab::install`], from a kustomization of the caller's.
+    ///
+    /// # Errors
+    /// Fails when something is refused or does not get ready.
+    pub async fn install_from(&mut self, kustomization: &str) -> anyhow::Result<()> {
+        self.apply_manifests(kustomization).await?;
         self.start_global_proxy(GLOBAL_PROXY).await?;
         self.start_operator(OPERATOR).await
     }
@@ -34,15 +42,15 @@ impl Lab {
     ///
     /// # Errors
     /// Fails when the API refuses it.
-    pub async fn apply_manifests(&self) -> anyhow::Result<()> {
+    pub async fn apply_manifests(&self, kustomization: &str) -> anyhow::Result<()> {
         self.kubectl(&["apply", "--server-side", "-f", "crds/servicefences.yaml"])
             .await?;
         let crd = "--for=condition=Established";
         self.kubectl(&["wait", crd, "crd/servicefences.fenceline.dev"])
             .await?;
-        self.kubectl(&["apply", "--validate=strict", "-k", "global-proxy-config"])
-            .await?;
-        Ok(())
+        self.kubectl(&["apply", "--validate=strict", "-k", kustomization])
+            .await
+            .map(drop)
     }
 
     /// A pod as the Deployment's template asks for it.

@@ -132,6 +132,14 @@ impl Lab {
         Ok(lab)
     }
 
+    /// Changes istiod's MeshConfig, which it watches.
+    ///
+    /// # Errors
+    /// Fails when the file cannot be written.
+    pub fn set_mesh_config(&self, mesh_config: &str) -> anyhow::Result<()> {
+        Ok(std::fs::write(self.scratch.join("mesh.yaml"), mesh_config)?)
+    }
+
     /// kubectl, as it is seen from outside the lab.
     pub fn kubectl_outside(&self) -> PathBuf {
         checkout()

@@ -68,7 +68,12 @@ fn nobody_else_can_report_and_nobody_can_be_slandered() {
         // Past the sidecar, from within the operator's own pod, without anybody to vouch for it.
         let loopback = ([127, 0, 0, 1], 18100).into();
         let refused = lab
-            .report((SYSTEM, OPERATOR), loopback, None, &[good.clone()])
+            .report(
+                (SYSTEM, OPERATOR),
+                loopback,
+                None,
+                std::slice::from_ref(&good),
+            )
             .await?;
         let refused = refused.err().unwrap_or_default();
         anyhow::ensure!(refused.contains("only spiffe://"), "{refused}");

@@ -2,7 +2,8 @@
 
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::OPERATOR;
-use fenceline_e2e::lab::request;
+use fenceline_e2e::lab::{MESH_CONFIG, request, shipped};
+use fenceline_e2e::tools::checkout;
 use fenceline_e2e::{PATIENCE, PodSpec, wait::eventually};
 
 const CLIENT: (&str, &str) = ("shop", "client");
@@ -187,5 +188,32 @@ fn ten_thousand_junk_names_write_nothing_and_cost_little() {
         anyhow::ensure!(status.dependencies.len() == 1, "{status:?}");
         anyhow::ensure!((1..=8).contains(&status.unresolved.len()), "{status:?}");
         Ok(())
+    });
+}
+
+#[test]
+fn istios_own_access_log_provider_will_do() {
+    fenceline_e2e::test(async |lab| {
+        let provider = shipped("global-proxy-config/telemetry/mesh-config.yaml")?;
+        lab.set_mesh_config(&format!("{MESH_CONFIG}{provider}"))?;
+        // A user's own kustomization, beside the checkout's.
+        let folder = tempfile::tempdir_in(checkout())?;
+        let base = "../global-proxy-config";
+        let yaml = format!("resources: [{base}]\ncomponents: [{base}/telemetry]\n");
+        std::fs::write(folder.path().join("kustomization.yaml"), yaml)?;
+        lab.install_from(&folder.path().to_string_lossy()).await?;
+        lab.namespace("shop").await?;
+        lab.workload(CLIENT, &[80]).await?;
+        lab.workload(("shop", "reviews"), &[9080]).await?;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
+            .await?;
+        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        lab.until_in_scope(CLIENT, "shop/reviews.shop.svc.cluster.local")
+            .await?;
+        lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
+            .await
+            .map(drop)
     });
 }

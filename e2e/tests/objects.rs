@@ -219,7 +219,7 @@ fn somebody_elses_sidecar_is_never_touched() {
 #[test]
 fn bad_fences_are_refused_with_the_field_and_the_reason() {
     fenceline_e2e::test(async |lab| {
-        lab.apply_manifests().await?;
+        lab.apply_manifests("global-proxy-config").await?;
         lab.namespace("shop").await?;
         for (spec, want) in [
             (

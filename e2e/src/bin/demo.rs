@@ -61,6 +61,7 @@ fn outside(folder: &Path) -> anyhow::Result<ExitCode> {
         .build()?;
     runtime.block_on(async {
         forward::serve_outside(folder, socket(folder)).await?;
+        println!("starting a control plane, in namespaces of its own …");
         let args: Vec<String> = std::env::args().skip(1).collect();
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let mut child = tokio::process::Command::from(isolate::command(&args)?).spawn()?;

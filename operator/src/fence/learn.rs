@@ -147,8 +147,9 @@ impl Learner {
         for host in hosts {
             if let Some(since) = inbox.since.remove(&(fence.clone(), host.to_owned())) {
                 let took = since.elapsed();
+                let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
                 self.metrics.learning.observe(took.as_secs_f64());
-                tracing::info!(%fence, host, took_us = took.as_micros(), "in scope");
+                tracing::info!(%fence, host, took_us, "in scope");
             }
         }
     }
