@@ -17,6 +17,7 @@ use crate::app::{Call, Outcome, Protocol};
 use crate::control_plane::{ADDRESS, ControlPlane, client};
 use crate::isolate::{self, SCRATCH, run};
 use crate::pod::{NODE, Pod, PodSpec, Surroundings};
+use crate::process::Process;
 use crate::tools::{Tools, checkout};
 use crate::wait::eventually;
 
@@ -40,6 +41,7 @@ pub struct Lab {
     pub logs: PathBuf,
     /// Further arguments for operators that are started from now on.
     pub operator_args: Vec<String>,
+    pub(crate) prometheus: Option<Process>,
     pods: BTreeMap<String, Pod>,
     started: u16,
 }
@@ -113,6 +115,7 @@ impl Lab {
             scratch,
             logs,
             operator_args: Vec::new(),
+            prometheus: None,
             pods: BTreeMap::new(),
             started: 1,
         };
@@ -243,7 +246,7 @@ impl Lab {
         let what = format!("pod {namespace}/{name} serves");
         eventually(PATIENCE, &what, async || pod.ready().await).await?;
         self.pods.insert(id, pod);
-        Ok(())
+        self.tell_prometheus()
     }
 
     async fn pod_object(&self, spec: &PodSpec, number: u16) -> anyhow::Result<()> {
@@ -303,6 +306,10 @@ impl Lab {
             args.extend(["--audience", audience]);
         }
         Ok(self.kubectl(&args).await?.trim().to_owned())
+    }
+
+    pub(crate) fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
     }
 
     /// A running pod.
@@ -433,6 +440,9 @@ impl Lab {
     async fn stop(self) {
         for (_, pod) in self.pods {
             let _ = pod.stop().await;
+        }
+        if let Some(mut prometheus) = self.prometheus {
+            let _ = prometheus.kill().await;
         }
         let ControlPlane {
             mut etcd,

@@ -11,6 +11,7 @@ pub mod isolate;
 pub mod lab;
 pub mod pod;
 pub mod process;
+pub mod prometheus;
 pub mod reporter;
 pub mod tools;
 pub mod wait;

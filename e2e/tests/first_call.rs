@@ -217,3 +217,89 @@ fn istios_own_access_log_provider_will_do() {
             .map(drop)
     });
 }
+
+#[test]
+fn service_entries_and_virtual_services_keep_working() {
+    fenceline_e2e::test(async |lab| {
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.workload(CLIENT, &[80]).await?;
+        lab.workload(("shop", "reviews"), &[9080]).await?;
+        lab.workload(("shop", "ratings"), &[9080]).await?;
+        lab.namespace("outside").await?;
+        lab.pod(
+            PodSpec::new("outside", "legacy")
+                .http(9080)
+                .without_sidecar(),
+        )
+        .await?;
+        let legacy = lab.running("outside", "legacy")?.ip;
+        lab.apply(&format!(
+            "apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: legacy, namespace: outside}}
+spec:
+  hosts: [legacy.example.com]
+  ports: [{{number: 9080, name: http, protocol: HTTP}}]
+  resolution: STATIC
+  endpoints: [{{address: {legacy}}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: api, namespace: shop}}
+spec:
+  hosts: [api.internal]
+  http: [{{route: [{{destination: {{host: reviews.shop.svc.cluster.local}}}}]}}]
+"
+        ))
+        .await?;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_in_scope(CLIENT, "outside/legacy.example.com")
+            .await?;
+        lab.until_in_scope(CLIENT, "shop/api.internal").await?;
+        lab.until_forgotten(CLIENT, "ratings.shop.svc.cluster.local")
+            .await?;
+        // An address that nobody has: only the mesh's own routes lead to an answer.
+        let nowhere = ([10, 244, 250, 1], 9080).into();
+        for (authority, pod) in [
+            ("legacy.example.com:9080", "legacy"),
+            ("api.internal:9080", "reviews"),
+        ] {
+            eventually(
+                PATIENCE,
+                &format!("{authority} is answered by {pod}"),
+                async || {
+                    let call = request(Protocol::Http1, authority, nowhere);
+                    let report = lab.call(CLIENT, &call).await?.report()?;
+                    anyhow::ensure!(report.pod == pod, "{report:?}");
+                    Ok(())
+                },
+            )
+            .await?;
+        }
+        // A VirtualService of a Service applies to its first call too.
+        lab.apply(
+            "apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: ratings, namespace: shop}
+spec:
+  hosts: [ratings]
+  http: [{route: [{destination: {host: reviews}}]}]
+",
+        )
+        .await?;
+        eventually(
+            PATIENCE,
+            "the first call of ratings follows its VirtualService",
+            async || {
+                let report = lab
+                    .get(CLIENT, Protocol::Http1, "ratings:9080")
+                    .await?
+                    .report()?;
+                anyhow::ensure!(report.pod == "reviews", "{report:?}");
+                Ok(())
+            },
+        )
+        .await
+    });
+}

@@ -1,7 +1,11 @@
 //! The lab itself: a mesh without Fenceline works as a mesh does.
 
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::{PATIENCE, PodSpec, wait::eventually};
+use fenceline_e2e::{PATIENCE, PodSpec, isolate, wait::eventually};
 
 #[test]
 fn pods_call_each_other_under_their_own_identity() {
@@ -34,6 +38,16 @@ fn pods_call_each_other_under_their_own_identity() {
             })
             .await?;
         }
+        lab.start_prometheus().await?;
+        eventually(PATIENCE, "Prometheus has seen the calls", async || {
+            let query = "envoy_cluster_upstream_rq_total{pod='client', cluster_name=~'.*server.*'}";
+            anyhow::ensure!(
+                !lab.query_prometheus(query).await?.is_empty(),
+                "no series yet"
+            );
+            Ok(())
+        })
+        .await?;
         eventually(PATIENCE, "TCP reaches the server", async || {
             let outcome = lab
                 .get(("shop", "client"), Protocol::Tcp, "server:9000")
@@ -43,4 +57,52 @@ fn pods_call_each_other_under_their_own_identity() {
         })
         .await
     });
+}
+
+/// The processes in the process namespace of `pid`, as the machine sees them.
+fn companions(namespace: &Path) -> Vec<PathBuf> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .map(|entry| entry.path())
+        .filter(|path| std::fs::read_link(path.join("ns/pid")).is_ok_and(|link| link == namespace))
+        .collect()
+}
+
+#[test]
+fn a_killed_lab_leaves_nothing_behind() {
+    if isolate::is_inside() {
+        return;
+    }
+    let args = ["pods_call_each_other_under_their_own_identity", "--exact"];
+    let mut lab = isolate::command(&args)
+        .unwrap()
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let id = lab.id();
+    let mut namespace = None;
+    // Until the lab has its control plane and its pods: some twenty processes.
+    for _ in 0..600 {
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+        let inner = children.unwrap_or_default().trim().to_owned();
+        namespace = std::fs::read_link(format!("/proc/{inner}/ns/pid")).ok();
+        if namespace
+            .as_deref()
+            .is_some_and(|namespace| companions(namespace).len() >= 8)
+        {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let namespace = namespace.expect("the lab has a process namespace");
+    assert!(companions(&namespace).len() >= 8, "the lab did not start");
+    lab.kill().unwrap();
+    lab.wait().unwrap();
+    for _ in 0..100 {
+        if companions(&namespace).is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("still there: {:?}", companions(&namespace));
 }

@@ -37,6 +37,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
 async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
     lab.install().await?;
     lab.idle_services(args.services.max(args.dependencies))
@@ -50,6 +51,7 @@ async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
     println!("mesh: {} services", args.services);
     println!("operator memory: {:.1} MB", memory(lab)?);
 
+    let written = lab.writes(OPERATOR).await?;
     let start = Instant::now();
     let to = lab.resolve("idle-0", "service-0", 80).await?;
     for number in 0..args.dependencies {
@@ -81,6 +83,8 @@ async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
     );
 
     lab.until_quiet(OPERATOR, Duration::from_secs(2)).await?;
+    let each = (lab.writes(OPERATOR).await? - written) / took.len() as f64;
+    println!("API writes for each dependency: {each:.2}");
     let before = lab.writes(OPERATOR).await?;
     tokio::time::sleep(Duration::from_secs(args.idle)).await;
     let writes = lab.writes(OPERATOR).await? - before;

@@ -163,9 +163,11 @@ async fn inside(lab: &mut Lab, args: &Args, folder: &Path) -> anyhow::Result<boo
         row.after = cost(lab, row.workload).await?;
     }
     let held = table(&mut rows, lab).await?;
-    hints(folder, lab);
     if args.keep {
+        hints(folder, lab);
         keep(lab).await?;
+    } else {
+        println!("to look around with kubectl: make demo DEMO_ARGS=--keep");
     }
     Ok(held)
 }
