@@ -1,5 +1,7 @@
 //! The main job: a first call works and is learnt; the next goes direct.
 
+use std::net::Ipv4Addr;
+
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::OPERATOR;
 use fenceline_e2e::lab::{MESH_CONFIG, request, shipped};
@@ -249,7 +251,7 @@ kind: VirtualService
 metadata: {{name: api, namespace: shop}}
 spec:
   hosts: [api.internal]
-  http: [{{route: [{{destination: {{host: reviews.shop.svc.cluster.local}}}}]}}]
+  http: [{{route: [{{destination: {{host: reviews, port: {{number: 9080}}}}}}]}}]
 "
         ))
         .await?;
@@ -260,16 +262,17 @@ spec:
         lab.until_forgotten(CLIENT, "ratings.shop.svc.cluster.local")
             .await?;
         // An address that nobody has: only the mesh's own routes lead to an answer.
-        let nowhere = ([10, 244, 250, 1], 9080).into();
-        for (authority, pod) in [
-            ("legacy.example.com:9080", "legacy"),
-            ("api.internal:9080", "reviews"),
+        let nowhere = Ipv4Addr::new(10, 244, 250, 1);
+        // Istio gives a VirtualService without a Service of its name the port 80.
+        for (authority, port, pod) in [
+            ("legacy.example.com:9080", 9080, "legacy"),
+            ("api.internal", 80, "reviews"),
         ] {
             eventually(
                 PATIENCE,
                 &format!("{authority} is answered by {pod}"),
                 async || {
-                    let call = request(Protocol::Http1, authority, nowhere);
+                    let call = request(Protocol::Http1, authority, (nowhere, port).into());
                     let report = lab.call(CLIENT, &call).await?.report()?;
                     anyhow::ensure!(report.pod == pod, "{report:?}");
                     Ok(())
