@@ -16,7 +16,7 @@ test: setup
 	cargo test -p fenceline-e2e --no-run
 	$(SUDO) cargo test -p fenceline-e2e --tests -- --test-threads=2
 
-lint:
+lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo test -q -p fenceline-crds files_are_what_the_types_say

@@ -22,7 +22,7 @@ exec 9>"$cache/setup.lock"
 flock 9
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
-declare -A package_of=([ip]=iproute2 [iptables]=iptables [unshare]=util-linux [setpriv]=util-linux [openssl]=openssl [pip3]=python3-pip)
+declare -A package_of=([ip]=iproute2 [iptables]=iptables [unshare]=util-linux [setpriv]=util-linux [cc]=build-essential [openssl]=openssl [pip3]=python3-pip)
 missing=()
 for tool in "${!package_of[@]}"; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("${package_of[$tool]}")

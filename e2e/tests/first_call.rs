@@ -306,3 +306,31 @@ spec:
         .await
     });
 }
+
+#[test]
+fn a_first_call_works_where_only_registered_hosts_are_allowed() {
+    fenceline_e2e::test(async |lab| {
+        let strict = "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n";
+        lab.set_mesh_config(&format!("{MESH_CONFIG}{strict}"))?;
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.workload(CLIENT, &[80]).await?;
+        lab.workload(("shop", "reviews"), &[9080]).await?;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
+            .await?;
+        let to = lab.resolve("shop", "reviews", 9080).await?;
+        let elsewhere = request(Protocol::Http1, "example.com:9080", to);
+        eventually(PATIENCE, "Istio's own answer to other names", async || {
+            let outcome = lab.call(CLIENT, &elsewhere).await?;
+            anyhow::ensure!(outcome.status == 502, "{outcome:?}");
+            Ok(())
+        })
+        .await?;
+        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
+            .await
+            .map(drop)
+    });
+}

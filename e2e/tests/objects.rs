@@ -212,6 +212,25 @@ fn somebody_elses_sidecar_is_never_touched() {
         lab.until_reason(desk, "Conflicted").await?;
         let theirs = sidecars.get("fenceline-desk").await?;
         anyhow::ensure!(theirs.metadata.generation == Some(1) && theirs.labels().is_empty());
+
+        // And an EnvoyFilter.
+        lab.service("shop", "lamp", &["http:80"]).await?;
+        lab.apply(
+            "{apiVersion: networking.istio.io/v1alpha3, kind: EnvoyFilter,
+              metadata: {name: fenceline-lamp, namespace: shop}, spec: {configPatches: []}}",
+        )
+        .await?;
+        let lamp = ("shop", "lamp");
+        lab.fence(lamp, "{}").await?;
+        let message = lab.until_reason(lamp, "NameTaken").await?;
+        anyhow::ensure!(
+            message.contains("EnvoyFilter shop/fenceline-lamp"),
+            "{message}"
+        );
+        anyhow::ensure!(
+            lab.sidecar(lamp).await?.is_none(),
+            "a scope without a redirect"
+        );
         Ok(())
     });
 }

@@ -24,11 +24,11 @@ pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// Names the fence that an object was written for.
 pub const FENCE_LABEL: &str = "fenceline.dev/service-fence";
 
-/// A write that failed.
+/// A request that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("could not {verb} {kind} {object}")]
-    Write {
+    Request {
         verb: &'static str,
         kind: &'static str,
         object: Key,
@@ -92,7 +92,13 @@ impl Writer {
     /// Fails when somebody else's object has this name, or when the API refuses.
     pub async fn ensure<K: Owned>(&self, want: &K, have: Option<&K>) -> Result<bool, Error> {
         let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
-        match have {
+        let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
+        // To apply by force is to take over, so an object that the watch has not shown yet is looked for first.
+        let unseen = match have {
+            Some(_) => None,
+            None => self.live(&api, &object).await?,
+        };
+        match have.or(unseen.as_ref()) {
             Some(have) if !is_ours(have, want) => {
                 return Err(Error::NotOurs {
                     kind: K::KIND,
@@ -102,7 +108,6 @@ impl Writer {
             Some(have) if is_as_wanted(have, want) => return Ok(false),
             _ => {}
         }
-        let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
         let params = PatchParams::apply(MANAGER).force();
         let written = api.patch(&object.name, &params, &Patch::Apply(want)).await;
         let written = self.done(K::KIND, "apply", &object, written)?;
@@ -119,6 +124,18 @@ impl Writer {
             self.done(K::KIND, "apply", &object, patched)?;
         }
         Ok(true)
+    }
+
+    async fn live<K: Owned>(&self, api: &Api<K>, object: &Key) -> Result<Option<K>, Error> {
+        api.get_opt(&object.name).await.map_err(|source| {
+            self.metrics.api.check(&source);
+            Error::Request {
+                verb: "get",
+                kind: K::KIND,
+                object: object.clone(),
+                source: Box::new(source),
+            }
+        })
     }
 
     /// Deletes an object of ours, exactly the one that the watch saw.
@@ -189,7 +206,7 @@ impl Writer {
             Ok(_) => tracing::info!(kind, verb, %object, "wrote"),
             Err(error) => self.metrics.api.check(error),
         }
-        result.map_err(|source| Error::Write {
+        result.map_err(|source| Error::Request {
             verb,
             kind,
             object: object.clone(),

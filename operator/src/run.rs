@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogServiceServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -128,7 +128,11 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         wait_for(&mut synced.clone()).await;
         tracing::info!("the mesh is listed");
         loop {
-            wait_for(&mut leads).await;
+            // Who does not act has no use for what changed; whoever begins to act looks at everything.
+            tokio::select! {
+                () = wait_for(&mut leads) => {}
+                () = drain(&mut concerned) => {}
+            }
             metrics.leader.set(1);
             tracing::info!("this replica acts");
             tokio::select! {
@@ -179,6 +183,11 @@ async fn wait_for(flag: &mut watch::Receiver<bool>) {
     if flag.wait_for(|set| *set).await.is_err() {
         std::future::pending::<()>().await;
     }
+}
+
+async fn drain<T>(changes: &mut mpsc::UnboundedReceiver<T>) {
+    while changes.recv().await.is_some() {}
+    std::future::pending::<()>().await;
 }
 
 async fn wait_until_not(flag: &mut watch::Receiver<bool>) {

@@ -44,7 +44,7 @@ async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
         .await?;
     lab.namespace("shop").await?;
     lab.workload(CLIENT, &[80]).await?;
-    lab.fence(CLIENT, "{}").await?;
+    begin(lab).await?;
     lab.until_forgotten(CLIENT, "service-0.idle-0.svc.cluster.local")
         .await?;
     lab.until_quiet(OPERATOR, Duration::from_secs(2)).await?;
@@ -101,6 +101,39 @@ async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
         Ok(())
     })
     .await
+}
+
+/// Begins to fence the client while it calls a service that nobody declared, and counts what fails.
+async fn begin(lab: &mut Lab) -> anyhow::Result<()> {
+    lab.workload(("shop", "reviews"), &[9080]).await?;
+    lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
+        .await?;
+    let call = request(
+        Protocol::Http1,
+        "reviews:9080",
+        lab.resolve("shop", "reviews", 9080).await?,
+    );
+    let lab = &*lab;
+    let until = Instant::now() + Duration::from_secs(4);
+    let callers = (0..4).map(|_| async {
+        let (mut made, mut failed) = (0_u32, 0_u32);
+        while Instant::now() < until {
+            made += 1;
+            failed += u32::from(lab.call(CLIENT, &call).await?.status != 200);
+        }
+        anyhow::Ok((made, failed))
+    });
+    let fence = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        lab.fence(CLIENT, "{}").await
+    };
+    let (counts, fenced) = tokio::join!(futures::future::try_join_all(callers), fence);
+    fenced?;
+    let (made, failed) = counts?
+        .into_iter()
+        .fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
+    println!("a fence begins, and learns what is being called: {failed} of {made} calls failed");
+    Ok(())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown in megabytes")]

@@ -109,6 +109,12 @@ impl Learner {
             .or_default()
             .hosts
             .insert(fqdn.to_owned(), now);
+        if inbox.since.len() >= TIMED {
+            // Of fences that are not in force; nobody will ask.
+            inbox
+                .since
+                .retain(|_, since| since.elapsed() < UNRESOLVED_EVERY);
+        }
         if inbox.since.len() < TIMED {
             inbox
                 .since

@@ -33,6 +33,8 @@ use crate::world::{Host, Key, World};
 
 /// What was missed is healed this often.
 const RESYNC: Duration = Duration::from_secs(600);
+/// An EnvoyFilter of somebody else's is not watched, so whether it is gone is asked this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
@@ -112,12 +114,11 @@ pub async fn run(
     };
     enqueue(&context, &everything, &queue);
     let feed = async {
-        loop {
-            prune(&context).await;
-            let Some(concerned) = concerned.recv().await else {
-                break;
-            };
-            enqueue(&context, &concerned, &queue);
+        prune(&context).await;
+        while let Some(concerned) = concerned.recv().await {
+            if enqueue(&context, &concerned, &queue) == Fences::Gone || concerned.all {
+                prune(&context).await;
+            }
         }
     };
     let work = reconciliations(&context, fences, requests);
@@ -146,12 +147,20 @@ fn reconciliations(
     .map(|_| ())
 }
 
+/// Whether fences that a change concerns exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fences {
+    There,
+    /// Some were deleted.
+    Gone,
+}
+
 /// Puts every fence that a change concerns into the queue.
 fn enqueue(
     context: &Context,
     concerned: &Concerned,
     queue: &mpsc::UnboundedSender<ObjectRef<ServiceFence>>,
-) {
+) -> Fences {
     let world = Arc::clone(&context.world.borrow());
     let finds = |fence: &ServiceFence| {
         fence
@@ -170,16 +179,17 @@ fn enqueue(
                 .send(ObjectRef::new(&key.name).within(&key.namespace))
                 .is_err()
         {
-            return;
+            break;
         }
     }
-    for key in concerned
-        .fences
-        .iter()
-        .filter(|key| !world.fences.contains_key(*key))
-    {
-        context.status.forget(key);
+    let mut fences = Fences::There;
+    for key in &concerned.fences {
+        if !world.fences.contains_key(key) {
+            context.status.forget(key);
+            fences = Fences::Gone;
+        }
     }
+    fences
 }
 
 /// Removes what belongs to fences that are gone. The garbage collector would too, but in any order; here the scope
@@ -230,8 +240,15 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     if fence.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
-    let plan = plan(&fence, &world, &context.settings, (context.clock)());
-    apply(&key, &plan, &world, context).await?;
+    let mut plan = plan(&fence, &world, &context.settings, (context.clock)());
+    let mut resync = RESYNC;
+    match apply(&key, &plan, &world, context).await {
+        Err(Error::Apply(apply::Error::NotOurs { kind, object })) => {
+            plan.verdict = Verdict::NameTaken(kind, object);
+            resync = LOOK_AGAIN;
+        }
+        other => other?,
+    }
     report(&key, &fence, &plan, &world, context).await?;
     let mut failures = context
         .failures
@@ -239,8 +256,8 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
         .unwrap_or_else(std::sync::PoisonError::into_inner);
     failures.remove(&key);
     let ends = plan.again_in.and_then(|end| Duration::try_from(end).ok());
-    Ok(Action::requeue(ends.map_or(RESYNC, |end| {
-        end.min(RESYNC).max(Duration::from_millis(1))
+    Ok(Action::requeue(ends.map_or(resync, |end| {
+        end.min(resync).max(Duration::from_millis(1))
     })))
 }
 

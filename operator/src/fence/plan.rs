@@ -37,6 +37,8 @@ pub enum Verdict {
     NoPods(NoPods),
     /// Nothing of ours is there, since somebody else's Sidecar configures the same pods.
     Conflicted(Vec<Key>),
+    /// Not all of ours is there, since somebody else's object of this kind has the name. Found only by writing.
+    NameTaken(&'static str, Key),
 }
 
 /// The objects of an enforced fence.

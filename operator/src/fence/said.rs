@@ -33,6 +33,7 @@ pub(super) fn ready(plan: &Plan) -> Said {
             (false, "ServiceWithoutSelector", text)
         }
         Verdict::Conflicted(_) => (false, "Conflicted", conflict(plan)),
+        Verdict::NameTaken(..) => (false, "NameTaken", conflict(plan)),
     };
     for remark in &plan.remarks {
         message.push_str("; ignored: ");
@@ -61,8 +62,16 @@ fn in_scope(scope: Scope, are: &str) -> String {
 }
 
 fn conflict(plan: &Plan) -> String {
-    let Verdict::Conflicted(others) = &plan.verdict else {
-        return "no other Sidecar configures these pods".to_owned();
+    let others = match &plan.verdict {
+        Verdict::Conflicted(others) => others,
+        Verdict::NameTaken(kind, object) => {
+            return format!(
+                "{kind} {object} exists and is not Fenceline's; rename it, or this fence"
+            );
+        }
+        Verdict::Enforce(_) | Verdict::Observe | Verdict::NoPods(_) => {
+            return "no other Sidecar configures these pods".to_owned();
+        }
     };
     let names: Vec<String> = others.iter().map(ToString::to_string).collect();
     format!(
@@ -74,7 +83,10 @@ fn conflict(plan: &Plan) -> String {
 fn conditions(plan: &Plan) -> [Said; 3] {
     let ready = ready(plan);
     let enforced = matches!(plan.verdict, Verdict::Enforce(_));
-    let conflicted = matches!(plan.verdict, Verdict::Conflicted(_));
+    let conflicted = matches!(
+        plan.verdict,
+        Verdict::Conflicted(_) | Verdict::NameTaken(..)
+    );
     [
         Said {
             type_: ENFORCED,
@@ -85,7 +97,7 @@ fn conditions(plan: &Plan) -> [Said; 3] {
             type_: CONFLICTED,
             status: conflicted,
             reason: if conflicted {
-                "ForeignSidecar"
+                ready.reason
             } else {
                 "NoConflict"
             },

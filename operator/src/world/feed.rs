@@ -325,19 +325,20 @@ impl WorldTask {
                 }
             }
             Change::Sidecar(key, object) => {
-                concerned.namespaces.insert(key.namespace.clone());
+                let old = self.world.sidecars.get(&key).map(AsRef::as_ref);
+                for sidecar in [old, object.as_deref()].into_iter().flatten() {
+                    match fence_of(sidecar) {
+                        Some(fence) => drop(concerned.fences.insert(fence)),
+                        // Somebody else's may be in the way of any fence beside it.
+                        None => drop(concerned.namespaces.insert(key.namespace.clone())),
+                    }
+                }
                 set(&mut self.world.sidecars, key, object);
             }
             Change::EnvoyFilter(key, object) => {
-                let old = self
-                    .world
-                    .envoy_filters
-                    .get(&key)
-                    .map(|old| fence_of(old.as_ref()));
-                let new = object.as_deref().map(fence_of);
-                concerned
-                    .fences
-                    .extend([old, new].into_iter().flatten().flatten());
+                let old = self.world.envoy_filters.get(&key).map(AsRef::as_ref);
+                let both = [old, object.as_deref()].into_iter().flatten();
+                concerned.fences.extend(both.filter_map(fence_of));
                 set(&mut self.world.envoy_filters, key, object);
             }
             Change::Fence(key, object) => {
