@@ -116,10 +116,16 @@ async fn begin(lab: &mut Lab) -> anyhow::Result<()> {
     let lab = &*lab;
     let until = Instant::now() + Duration::from_secs(4);
     let callers = (0..4).map(|_| async {
-        let (mut made, mut failed) = (0_u32, 0_u32);
+        let (mut made, mut failed) = (0_u32, Vec::new());
         while Instant::now() < until {
             made += 1;
-            failed += u32::from(lab.call(CLIENT, &call).await?.status != 200);
+            let outcome = lab.call(CLIENT, &call).await?;
+            if outcome.status != 200 {
+                failed.push((
+                    Instant::now(),
+                    format!("{} {}", outcome.status, outcome.body),
+                ));
+            }
         }
         anyhow::Ok((made, failed))
     });
@@ -131,8 +137,26 @@ async fn begin(lab: &mut Lab) -> anyhow::Result<()> {
     fenced?;
     let (made, failed) = counts?
         .into_iter()
-        .fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
-    println!("a fence begins, and learns what is being called: {failed} of {made} calls failed");
+        .fold((0, Vec::new()), |(made, mut all), one| {
+            all.extend(one.1);
+            (made + one.0, all)
+        });
+    let times = failed.iter().map(|(at, _)| *at);
+    let lasted = times
+        .clone()
+        .max()
+        .zip(times.min())
+        .map(|(last, first)| last - first);
+    println!(
+        "a fence begins while an undeclared service is called: {} of {made} calls failed, within {:.0?}",
+        failed.len(),
+        lasted.unwrap_or_default()
+    );
+    let answers: std::collections::BTreeSet<String> =
+        failed.into_iter().map(|(_, answer)| answer).collect();
+    for answer in answers.iter().take(4) {
+        println!("  {answer}");
+    }
     Ok(())
 }
 
