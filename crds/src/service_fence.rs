@@ -103,7 +103,8 @@ pub enum Mode {
     /// Write the Sidecar, so that the workload has just its dependencies in scope.
     #[default]
     Enforce,
-    /// Learn and report in status; write nothing to Istio.
+    /// Report in status what would be in scope; write nothing to Istio. First calls go to the global proxy only once a
+    /// fence is enforced, so nothing new is learnt meanwhile.
     Observe,
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use k8s_openapi::NamespaceResourceScope;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::metrics::{Metrics, write};
 use crate::world::Key;
+use crate::world::feed::fence_of;
 
 /// Our field manager, and the value of [`MANAGED_BY`].
 pub const MANAGER: &str = "fenceline";
@@ -109,7 +111,7 @@ impl Writer {
             _ => {}
         }
         let params = PatchParams::apply(MANAGER).force();
-        let written = api.patch(&object.name, &params, &Patch::Apply(want)).await;
+        let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
         let written = self.done(K::KIND, "apply", &object, written)?;
         if !same_spec(&written, want) {
             // Apply leaves alone what another manager added, and a fence's objects are the fence's alone.
@@ -118,16 +120,15 @@ impl Writer {
                 field_manager: Some(MANAGER.into()),
                 ..PatchParams::default()
             };
-            let patched = api
-                .patch(&object.name, &params, &Patch::<()>::Json(rest))
-                .await;
+            let patch = Patch::<()>::Json(rest);
+            let patched = within(api.patch(&object.name, &params, &patch)).await;
             self.done(K::KIND, "apply", &object, patched)?;
         }
         Ok(true)
     }
 
     async fn live<K: Owned>(&self, api: &Api<K>, object: &Key) -> Result<Option<K>, Error> {
-        api.get_opt(&object.name).await.map_err(|source| {
+        within(api.get_opt(&object.name)).await.map_err(|source| {
             self.metrics.api.check(&source);
             Error::Request {
                 verb: "get",
@@ -152,7 +153,7 @@ impl Writer {
             ..DeleteParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
-        match api.delete(&object.name, &params).await {
+        match within(api.delete(&object.name, &params)).await {
             Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
                 Ok(())
             }
@@ -215,12 +216,19 @@ impl Writer {
     }
 }
 
+/// How long the API may take to answer: a connection that died silently must not hold up everything behind it.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// The request, or an error once the API took too long.
+pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
+    match tokio::time::timeout(ANSWER, request).await {
+        Ok(result) => result,
+        Err(elapsed) => Err(kube::Error::Service(Box::new(elapsed))),
+    }
+}
+
 fn is_ours<K: Resource>(have: &K, want: &K) -> bool {
-    have.labels().get(FENCE_LABEL) == want.labels().get(FENCE_LABEL)
-        && have
-            .labels()
-            .get(MANAGED_BY)
-            .is_some_and(|manager| manager == MANAGER)
+    fence_of(have).is_some() && fence_of(have) == fence_of(want)
 }
 
 fn same_spec<K: Owned>(have: &K, want: &K) -> bool {

@@ -176,7 +176,10 @@ impl ApiHealth {
     pub async fn probe(self, client: kube::Client) {
         loop {
             self.changed.notified().await;
-            while client.apiserver_version().await.is_err() {
+            while crate::apply::within(client.apiserver_version())
+                .await
+                .is_err()
+            {
                 tokio::time::sleep(std::time::Duration::from_millis(500)).await;
             }
             self.down.store(false, std::sync::atomic::Ordering::Relaxed);

@@ -75,7 +75,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         Arc::clone(&metrics),
         clock::system,
     );
-    tokio::spawn(Arc::clone(&learner).run());
+    let mut learning = tokio::spawn(Arc::clone(&learner).run());
 
     let access_log = AccessLog {
         global_proxy: Identity {
@@ -99,7 +99,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         .with_graceful_shutdown(stop.clone().cancelled_owned())
         .into_future();
     let admin = tokio::spawn(admin);
-    let grpc = tokio::spawn(serve_access_log(
+    let mut grpc = tokio::spawn(serve_access_log(
         grpc,
         access_log,
         synced.clone(),
@@ -147,16 +147,19 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     tokio::select! {
         () = work => {}
         signal = ended() => tracing::info!(signal = signal?, "ending"),
+        // Without these the process would look well and learn nothing.
+        _ = &mut learning => anyhow::bail!("learning ended"),
+        ended = &mut grpc => return ended?.context("the access log service ended"),
     }
 
     // What was learnt is stored, streams move to another replica, and the lease goes last: the next leader finds all.
     stop.cancel();
-    let _ = tokio::time::timeout(PATIENCE, learner.flush()).await;
     for server in [grpc, tokio::spawn(async { Ok(admin.await??) })] {
         if let Ok(result) = tokio::time::timeout(PATIENCE, server).await {
             result??;
         }
     }
+    let _ = tokio::time::timeout(PATIENCE, learner.flush()).await;
     let _ = tokio::time::timeout(PATIENCE, candidate.resign()).await;
     Ok(())
 }

@@ -12,7 +12,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::json;
 
-use crate::apply::MANAGER;
+use crate::apply::{MANAGER, within};
 use crate::metrics::{Metrics, write};
 use crate::world::{Key, World};
 
@@ -103,9 +103,8 @@ impl StatusWriter {
                 "status": status,
             });
             let params = PatchParams::apply(MANAGER).force();
-            let written = api
-                .patch_status(&key.name, &params, &Patch::Apply(patch))
-                .await;
+            let patch = Patch::Apply(patch);
+            let written = within(api.patch_status(&key.name, &params, &patch)).await;
             let outcome = write("ServiceFence/status", "apply", written.is_ok());
             self.metrics.writes.get_or_create(&outcome).inc();
             match written {
@@ -115,7 +114,7 @@ impl StatusWriter {
                     return Ok(true);
                 }
                 Err(kube::Error::Api(status)) if status.is_conflict() => {
-                    match api.get_opt(&key.name).await.map_err(failed)? {
+                    match within(api.get_opt(&key.name)).await.map_err(failed)? {
                         Some(fence) => base = Arc::new(fence),
                         None => return Ok(false),
                     }

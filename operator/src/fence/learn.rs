@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::clock::Clock;
 use crate::metrics::Metrics;
-use crate::observe::resolve::Unresolved;
+use crate::observe::resolve::{Unresolved, host_of};
 use crate::status::StatusWriter;
 use crate::world::{Key, World};
 
@@ -128,6 +128,7 @@ impl Learner {
 
     /// A fence's workload called a name that nothing answers to. Bounded, whatever is called.
     pub fn saw_unresolved(&self, fence: &Key, name: &str, why: Unresolved) {
+        let name = host_of(name).unwrap_or_else(|| name.to_owned());
         let host: String = name.chars().filter(|c| !c.is_control()).take(253).collect();
         let entry = UnresolvedHost {
             host,
@@ -153,6 +154,10 @@ impl Learner {
         for host in hosts {
             if let Some(since) = inbox.since.remove(&(fence.clone(), host.to_owned())) {
                 let took = since.elapsed();
+                if took > UNRESOLVED_EVERY {
+                    // Learnt while another replica acted.
+                    continue;
+                }
                 let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
                 self.metrics.learning.observe(took.as_secs_f64());
                 tracing::info!(%fence, host, took_us, "in scope");
@@ -206,7 +211,7 @@ impl Learner {
         for (fence, mut waiting) in std::mem::take(pending) {
             let wait = shown
                 .get(&fence)
-                .map(|since| UNRESOLVED_EVERY - since.elapsed());
+                .map(|since| UNRESOLVED_EVERY.saturating_sub(since.elapsed()));
             match wait {
                 None => {
                     if !waiting.unresolved.is_empty() {
@@ -301,15 +306,17 @@ fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
         }
     }
     status.dependencies.sort_by(|a, b| a.host.cmp(&b.host));
-    let old: BTreeSet<&str> = pending
+    // Names that are shown already stay where they are: to be called again is no news.
+    let shown: BTreeSet<String> = status
         .unresolved
         .iter()
-        .map(|new| new.host.as_str())
+        .map(|entry| entry.host.clone())
         .collect();
-    status
+    let new = pending
         .unresolved
-        .retain(|entry| !old.contains(entry.host.as_str()));
-    status.unresolved.extend(pending.unresolved.iter().cloned());
+        .iter()
+        .filter(|entry| !shown.contains(&entry.host));
+    status.unresolved.extend(new.cloned());
     let excess = status.unresolved.len().saturating_sub(SHOWN);
     status.unresolved.drain(..excess);
     status

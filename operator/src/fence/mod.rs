@@ -245,6 +245,8 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     match apply(&key, &plan, &world, context).await {
         Err(Error::Apply(apply::Error::NotOurs { kind, object })) => {
             plan.verdict = Verdict::NameTaken(kind, object);
+            // A narrow scope without its redirect would break calls.
+            apply(&key, &plan, &world, context).await?;
             resync = LOOK_AGAIN;
         }
         other => other?,
@@ -293,13 +295,10 @@ async fn apply(key: &Key, plan: &Plan, world: &World, context: &Context) -> Resu
         }
         return Ok(());
     }
-    let ours = |labels: &std::collections::BTreeMap<String, String>| {
-        labels.get(FENCE_LABEL) == Some(&key.name)
-    };
-    if let Some(sidecar) = sidecar.filter(|sidecar| ours(sidecar.labels())) {
+    if let Some(sidecar) = sidecar.filter(|sidecar| fence_of(*sidecar).as_ref() == Some(key)) {
         context.writer.remove(sidecar).await?;
     }
-    if let Some(redirect) = redirect.filter(|redirect| ours(redirect.labels())) {
+    if let Some(redirect) = redirect.filter(|redirect| fence_of(*redirect).as_ref() == Some(key)) {
         context.writer.remove(redirect).await?;
     }
     Ok(())

@@ -11,7 +11,7 @@ use kube::core::{Selector, SelectorExt};
 use super::redirect::redirect;
 use super::select::{self, Labels, NoPods};
 use super::{Settings, owned};
-use crate::observe::resolve::resolve;
+use crate::observe::resolve::{Unresolved, full_names, resolve};
 use crate::world::feed::fence_of;
 use crate::world::{Host, Key, World};
 
@@ -181,7 +181,7 @@ fn scope(
             .min();
         if let Some(host) = &dependency.host {
             match declared_host(world, namespace, host) {
-                Ok(host) => drop(declared.insert(host)),
+                Ok(hosts) => declared.extend(hosts),
                 Err(why) => {
                     scoped
                         .remarks
@@ -245,22 +245,27 @@ fn hosts_named(world: &World, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
 }
 
 /// A declared host need not exist yet, where its name says which Service it will be.
-fn declared_host(world: &World, namespace: &str, host: &str) -> Result<Host, &'static str> {
+fn declared_host(
+    world: &World,
+    namespace: &str,
+    host: &str,
+) -> Result<BTreeSet<Host>, &'static str> {
     let unknown = match resolve(world, namespace, host) {
-        Ok(host) => return Ok(host),
+        Ok(host) => return Ok(hosts_named(world, namespace, &host.fqdn)),
         Err(unknown) => unknown,
     };
-    let full = host.trim_end_matches('.').to_ascii_lowercase();
-    match world.service_named(&full) {
-        Some(service) => Ok(Host {
-            namespace: service.namespace,
-            fqdn: full,
-        }),
-        None => Err(match unknown {
-            crate::observe::resolve::Unresolved::Malformed => "not a DNS name",
-            crate::observe::resolve::Unresolved::Unknown => "nothing in the mesh answers to it",
-            crate::observe::resolve::Unresolved::NotExported => "not exported to this namespace",
-        }),
+    let name = host.trim_end_matches('.').to_ascii_lowercase();
+    let will_be = full_names(world, namespace, &name)
+        .into_iter()
+        .find(|name| {
+            let service = world.service_named(name);
+            service.is_some_and(|key| world.namespaces.contains_key(&key.namespace))
+        });
+    match (will_be, unknown) {
+        (Some(fqdn), _) => Ok(hosts_named(world, namespace, &fqdn)),
+        (None, Unresolved::Malformed) => Err("not a DNS name"),
+        (None, Unresolved::Unknown) => Err("nothing in the mesh answers to it"),
+        (None, Unresolved::NotExported) => Err("not exported to this namespace"),
     }
 }
 
@@ -289,9 +294,6 @@ fn found(world: &World, namespace: &str, services: &ServiceSelector) -> Result<V
                 && of_services.matches(&facts.labels)
                 && in_namespace(key, &of_namespaces)
         })
-        .map(|(key, _)| Host {
-            namespace: key.namespace.clone(),
-            fqdn: world.fqdn(key),
-        })
+        .flat_map(|(key, _)| hosts_named(world, namespace, &world.fqdn(key)))
         .collect())
 }

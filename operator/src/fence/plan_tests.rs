@@ -11,7 +11,7 @@ use super::Settings;
 use super::plan::{Objects, Plan, Verdict, plan};
 use super::select::NoPods;
 use crate::testing::{fence, foreign_sidecar, load, pod, service, world};
-use crate::world::{Key, World};
+use crate::world::{Key, NamedHosts, World};
 
 fn settings() -> Settings {
     Settings {
@@ -169,6 +169,43 @@ dependencies:
         ["spec.dependencies[2].host example.com: nothing in the mesh answers to it"]
     );
     assert_eq!(plan.again_in, Some(jiff::SignedDuration::from_mins(1)));
+}
+
+#[test]
+fn a_declared_service_may_come_later() {
+    let mut mesh = world();
+    service(&mut mesh, "shop", "cart", "{}");
+    let spec = "{dependencies: [{host: later}, {host: ledger.bank}, {host: api.com}]}";
+    let plan = planned(&fence("shop", "cart", spec), &mesh);
+    let want = [
+        "bank/ledger.bank.svc.cluster.local",
+        GLOBAL_PROXY,
+        "shop/later.shop.svc.cluster.local",
+    ];
+    assert_eq!(hosts(&plan), want);
+    assert_eq!(plan.remarks.len(), 1);
+}
+
+#[test]
+fn a_virtual_service_of_another_namespace_comes_with_its_service() {
+    let mut mesh = world();
+    service(&mut mesh, "shop", "cart", "{}");
+    service(&mut mesh, "bank", "ledger", "{}");
+    let host = "ledger.bank.svc.cluster.local";
+    let rules = NamedHosts {
+        hosts: [host.to_owned()].into(),
+        ..NamedHosts::default()
+    };
+    mesh.set_virtual_service(&Key::new("shop", "rules"), Some(rules));
+    let unknowing = planned(&fence("shop", "cart", "{}"), &mesh);
+    assert_eq!(hosts(&unknowing), [GLOBAL_PROXY]);
+    let plan = planned(&knows(fence("shop", "cart", "{}"), &[host]), &mesh);
+    let want = [
+        "bank/ledger.bank.svc.cluster.local",
+        GLOBAL_PROXY,
+        "shop/ledger.bank.svc.cluster.local",
+    ];
+    assert_eq!(hosts(&plan), want);
 }
 
 #[test]

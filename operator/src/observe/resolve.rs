@@ -29,7 +29,7 @@ impl Unresolved {
 }
 
 /// The host part of an authority: without port, brackets and trailing dot, in lower case.
-fn host_of(authority: &str) -> Option<String> {
+pub(crate) fn host_of(authority: &str) -> Option<String> {
     let host = if let Some(bracketed) = authority.strip_prefix('[') {
         let (address, rest) = bracketed.split_once(']')?;
         (rest.is_empty() || is_port(rest)).then_some(address)?
@@ -102,7 +102,7 @@ fn visible(world: &World, namespace: &str, fqdn: &str) -> Result<Host, Unresolve
 }
 
 /// The full names that a name may stand for, likeliest first.
-fn full_names(world: &World, namespace: &str, host: &str) -> Vec<String> {
+pub(crate) fn full_names(world: &World, namespace: &str, host: &str) -> Vec<String> {
     let domain = &*world.cluster_domain;
     let labels: Vec<&str> = host.split('.').collect();
     let mut names = Vec::new();

@@ -212,6 +212,7 @@ async fn follow<K, F>(
             Ok(Event::Init) => listed.clear(),
             Ok(Event::InitApply(object)) => {
                 let (key, change) = present(kind, object, &change);
+                known.insert(key.clone());
                 listed.insert(key);
                 out.push(change);
             }
@@ -409,12 +410,17 @@ fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) 
     }
 }
 
-/// The fence that an object of ours was written for.
+/// The fence that an object of ours was written for: by its labels, or by its owner where somebody took those off.
 pub fn fence_of<K: Resource>(object: &K) -> Option<Key> {
     let labels = object.labels();
     let ours = labels
         .get(MANAGED_BY)
         .is_some_and(|manager| manager == MANAGER);
-    let name = labels.get(FENCE_LABEL).filter(|_| ours)?;
+    let labelled = labels.get(FENCE_LABEL).filter(|_| ours);
+    let group = format!("{}/", ServiceFence::group(&()));
+    let owner = object.owner_references().iter().find(|owner| {
+        owner.kind == ServiceFence::kind(&()) && owner.api_version.starts_with(&group)
+    });
+    let name = labelled.or_else(|| owner.map(|owner| &owner.name))?;
     Some(Key::new(object.namespace()?, name))
 }

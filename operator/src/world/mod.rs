@@ -163,8 +163,8 @@ impl World {
         (!namespace.contains('.')).then(|| Key::new(namespace, name))
     }
 
-    /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries and
-    /// VirtualServices call so.
+    /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries call so; and
+    /// what VirtualServices do.
     pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
         let host = |key: &Key| Host {
             namespace: key.namespace.clone(),
@@ -175,16 +175,15 @@ impl World {
                 .get(key)
                 .is_some_and(|facts| facts.export_to.includes(namespace))
         });
-        let named = self
-            .service_entries
-            .iter()
-            .chain(self.virtual_services.iter())
+        let entries: Option<&OrdMap<Key, Arc<NamedHosts>>> =
+            service.is_none().then_some(&self.service_entries);
+        // istiod takes VirtualServices by their own namespace, which need not be the Service's.
+        let named = entries.into_iter().flatten().chain(&self.virtual_services);
+        named
             .filter(|(_, hosts)| hosts.hosts.contains(fqdn) && hosts.export_to.includes(namespace))
-            .map(|(key, _)| host(key));
-        match service {
-            Some(key) => BTreeSet::from([host(&key)]),
-            None => named.collect(),
-        }
+            .map(|(key, _)| host(key))
+            .chain(service.as_ref().map(host))
+            .collect()
     }
 
     /// What a caller of `namespace` can see.
@@ -218,17 +217,21 @@ impl World {
             .iter()
             .chain(self.virtual_services.iter());
         for (key, hosts) in named.filter(|(_, hosts)| hosts.export_to.includes(namespace)) {
-            // A VirtualService for a Service adds no host; a wildcard is never put into a Sidecar.
+            // A wildcard is never put into a Sidecar.
             for fqdn in hosts.hosts.iter().filter(|host| !host.starts_with('*')) {
-                let service = self.service_named(fqdn);
-                if service.is_some_and(|service| self.services.contains_key(&service)) {
-                    continue;
-                }
                 let host = Host {
                     namespace: key.namespace.clone(),
                     fqdn: fqdn.clone(),
                 };
-                view.visible += u32::from(view.always.insert(host));
+                let service = self
+                    .service_named(fqdn)
+                    .and_then(|key| self.services.get(&key));
+                match service {
+                    None => view.visible += u32::from(view.always.insert(host)),
+                    // No host more, but its rules must come with the Service.
+                    Some(facts) if facts.needs_scope => drop(view.always.insert(host)),
+                    Some(_) => {}
+                }
             }
         }
         view
