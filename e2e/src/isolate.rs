@@ -25,9 +25,11 @@ pub fn is_inside() -> bool {
 /// Fails when the program's own path is unknown.
 pub fn command(args: &[&str]) -> anyhow::Result<Command> {
     let program = std::env::current_exe().context("this program's path")?;
-    let mut command = Command::new("unshare");
-    // kill-child: the kernel ends the first process with its parent, and with it all the others.
+    // The kernel ends each with its parent (setpriv's pdeathsig, unshare's kill-child), and a process namespace with
+    // its first process: so all ends however this one does.
+    let mut command = Command::new("setpriv");
     command
+        .args(["--pdeathsig", "KILL", "unshare"])
         .args([
             "--net",
             "--pid",

@@ -1,7 +1,7 @@
 //! The lab itself: a mesh without Fenceline works as a mesh does.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fenceline_e2e::app::Protocol;
@@ -68,24 +68,39 @@ fn companions(namespace: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+fn children(id: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{id}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    threads
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok())
+        .flat_map(|text| {
+            text.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .filter_map(|id| id.parse().ok())
+        .collect()
+}
+
 #[test]
 fn a_killed_lab_leaves_nothing_behind() {
     if isolate::is_inside() {
         return;
     }
-    let args = ["pods_call_each_other_under_their_own_identity", "--exact"];
-    let mut lab = isolate::command(&args)
-        .unwrap()
+    // The test as a user starts it, so that what is killed is the outermost process.
+    let mut lab = Command::new(std::env::current_exe().unwrap())
+        .args(["pods_call_each_other_under_their_own_identity", "--exact"])
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let id = lab.id();
     let mut namespace = None;
     // Until the lab has its control plane and its pods: some twenty processes.
     for _ in 0..600 {
-        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
-        let inner = children.unwrap_or_default().trim().to_owned();
-        namespace = std::fs::read_link(format!("/proc/{inner}/ns/pid")).ok();
+        let inner = children(lab.id()).into_iter().flat_map(children).next();
+        namespace = inner.and_then(|id| std::fs::read_link(format!("/proc/{id}/ns/pid")).ok());
         if namespace
             .as_deref()
             .is_some_and(|namespace| companions(namespace).len() >= 8)

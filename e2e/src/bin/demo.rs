@@ -65,12 +65,18 @@ fn outside(folder: &Path) -> anyhow::Result<ExitCode> {
         let args: Vec<String> = std::env::args().skip(1).collect();
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let mut child = tokio::process::Command::from(isolate::command(&args)?).spawn()?;
-        // Ctrl-C reaches the demo itself too; it ends in its own time.
-        let status = loop {
-            tokio::select! {
-                status = child.wait() => break status?,
-                interrupted = tokio::signal::ctrl_c() => interrupted?,
+        let ended = tokio::select! {
+            status = child.wait() => Some(status?),
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                // Ctrl-C reaches the demo itself too, which tidies up if it is far enough to.
+                let patience = Duration::from_secs(3);
+                tokio::time::timeout(patience, child.wait()).await.ok().transpose()?
             }
+        };
+        let Some(status) = ended else {
+            child.kill().await?;
+            return Ok(ExitCode::FAILURE);
         };
         Ok(if status.success() {
             ExitCode::SUCCESS
