@@ -6,9 +6,21 @@ use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::OPERATOR;
 use fenceline_e2e::lab::{MESH_CONFIG, request, shipped};
 use fenceline_e2e::tools::checkout;
-use fenceline_e2e::{PATIENCE, PodSpec, wait::eventually};
+use fenceline_e2e::{Lab, PATIENCE, PodSpec, wait::eventually};
 
 const CLIENT: (&str, &str) = ("shop", "client");
+
+/// Fenceline, and a client that may call reviews.
+async fn shop(lab: &mut Lab) -> anyhow::Result<()> {
+    lab.install().await?;
+    workloads(lab).await
+}
+
+async fn workloads(lab: &mut Lab) -> anyhow::Result<()> {
+    lab.namespace("shop").await?;
+    lab.workload(CLIENT, &[80]).await?;
+    lab.workload(("shop", "reviews"), &[9080]).await
+}
 
 #[test]
 fn a_first_call_works_and_the_next_goes_direct() {
@@ -81,10 +93,7 @@ fn a_first_call_works_and_the_next_goes_direct() {
 #[test]
 fn names_outside_the_mesh_never_reach_the_global_proxy() {
     fenceline_e2e::test(async |lab| {
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.workload(CLIENT, &[80]).await?;
-        lab.workload(("shop", "reviews"), &[9080]).await?;
+        shop(lab).await?;
         // Outside: no Service, no sidecar, only an address.
         lab.namespace("outside").await?;
         lab.pod(
@@ -132,10 +141,7 @@ fn names_outside_the_mesh_never_reach_the_global_proxy() {
 fn ten_thousand_junk_names_write_nothing_and_cost_little() {
     const JUNK: usize = 10_000;
     fenceline_e2e::test(async |lab| {
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.workload(CLIENT, &[80]).await?;
-        lab.workload(("shop", "reviews"), &[9080]).await?;
+        shop(lab).await?;
         lab.fence(CLIENT, "{}").await?;
         lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
             .await?;
@@ -204,9 +210,7 @@ fn istios_own_access_log_provider_will_do() {
         let yaml = format!("resources: [{base}]\ncomponents: [{base}/telemetry]\n");
         std::fs::write(folder.path().join("kustomization.yaml"), yaml)?;
         lab.install_from(&folder.path().to_string_lossy()).await?;
-        lab.namespace("shop").await?;
-        lab.workload(CLIENT, &[80]).await?;
-        lab.workload(("shop", "reviews"), &[9080]).await?;
+        workloads(lab).await?;
         lab.fence(CLIENT, "{}").await?;
         lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
             .await?;
@@ -223,10 +227,7 @@ fn istios_own_access_log_provider_will_do() {
 #[test]
 fn service_entries_and_virtual_services_keep_working() {
     fenceline_e2e::test(async |lab| {
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.workload(CLIENT, &[80]).await?;
-        lab.workload(("shop", "reviews"), &[9080]).await?;
+        shop(lab).await?;
         lab.workload(("shop", "ratings"), &[9080]).await?;
         lab.namespace("outside").await?;
         lab.pod(
@@ -312,10 +313,7 @@ fn a_first_call_works_where_only_registered_hosts_are_allowed() {
     fenceline_e2e::test(async |lab| {
         let strict = "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n";
         lab.set_mesh_config(&format!("{MESH_CONFIG}{strict}"))?;
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.workload(CLIENT, &[80]).await?;
-        lab.workload(("shop", "reviews"), &[9080]).await?;
+        shop(lab).await?;
         lab.fence(CLIENT, "{}").await?;
         lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
             .await?;

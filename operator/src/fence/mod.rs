@@ -15,6 +15,7 @@ use std::time::Duration;
 use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use futures::{Stream, StreamExt};
+use imbl::OrdMap;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{Action, Config, ReconcileRequest, applier};
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -22,7 +23,7 @@ use kube::{Resource, ResourceExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
-use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
+use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Owned, Writer};
 use crate::clock::Clock;
 use crate::fence::learn::Learner;
 use crate::fence::plan::{Objects, Plan, Verdict, object_name, plan};
@@ -196,32 +197,29 @@ fn enqueue(
 /// widens before the redirect goes. What fails is left to it.
 async fn prune(context: &Context) {
     let world = Arc::clone(&context.world.borrow());
-    let is_orphan = |fence: Option<Key>| fence.is_some_and(|key| !world.fences.contains_key(&key));
-    for sidecar in world
-        .sidecars
-        .values()
-        .filter(|object| is_orphan(fence_of(object.as_ref())))
-    {
-        if let Err(error) = context.writer.remove(sidecar.as_ref()).await {
-            tracing::warn!(
-                error = crate::chain(&error),
-                "left to the garbage collector"
-            );
-            return;
+    let removed = async {
+        remove_orphans(&world.sidecars, &world, context).await?;
+        remove_orphans(&world.envoy_filters, &world, context).await
+    };
+    if let Err(error) = removed.await {
+        tracing::warn!(
+            error = crate::chain(&error),
+            "left to the garbage collector"
+        );
+    }
+}
+
+async fn remove_orphans<K: Owned>(
+    objects: &OrdMap<Key, Arc<K>>,
+    world: &World,
+    context: &Context,
+) -> Result<(), apply::Error> {
+    for object in objects.values() {
+        if fence_of(object.as_ref()).is_some_and(|fence| !world.fences.contains_key(&fence)) {
+            context.writer.remove(object.as_ref()).await?;
         }
     }
-    for filter in world
-        .envoy_filters
-        .values()
-        .filter(|object| is_orphan(fence_of(object.as_ref())))
-    {
-        if let Err(error) = context.writer.remove(filter.as_ref()).await {
-            tracing::warn!(
-                error = crate::chain(&error),
-                "left to the garbage collector"
-            );
-        }
-    }
+    Ok(())
 }
 
 #[tracing::instrument(skip_all, fields(

@@ -85,46 +85,17 @@ impl World {
 
     pub fn set_service(&mut self, key: &Key, facts: Option<ServiceFacts>) {
         self.views = Views::default();
-        for address in self
-            .services
-            .get(key)
-            .into_iter()
-            .flat_map(|old| &old.addresses)
-        {
-            if self.service_of_address.get(address) == Some(key) {
-                self.service_of_address.remove(address);
-            }
-        }
-        let Some(facts) = facts else {
-            self.services.remove(key);
-            return;
-        };
-        for address in &facts.addresses {
-            self.service_of_address.insert(*address, key.clone());
-        }
-        self.services.insert(key.clone(), Arc::new(facts));
+        let old = self.services.get(key).map(|old| old.addresses.as_slice());
+        let new = facts.as_ref().map(|facts| facts.addresses.as_slice());
+        move_addresses(&mut self.service_of_address, key, old, new);
+        set(&mut self.services, key, facts);
     }
 
     pub fn set_pod(&mut self, key: &Key, facts: Option<PodFacts>) {
-        for address in self
-            .pods
-            .get(key)
-            .into_iter()
-            .flat_map(|old| &old.addresses)
-        {
-            // The address may belong to a newer pod by now.
-            if self.pod_of_address.get(address) == Some(key) {
-                self.pod_of_address.remove(address);
-            }
-        }
-        let Some(facts) = facts else {
-            self.pods.remove(key);
-            return;
-        };
-        for address in &facts.addresses {
-            self.pod_of_address.insert(*address, key.clone());
-        }
-        self.pods.insert(key.clone(), Arc::new(facts));
+        let old = self.pods.get(key).map(|old| old.addresses.as_slice());
+        let new = facts.as_ref().map(|facts| facts.addresses.as_slice());
+        move_addresses(&mut self.pod_of_address, key, old, new);
+        set(&mut self.pods, key, facts);
     }
 
     pub fn set_service_entry(&mut self, key: &Key, hosts: Option<NamedHosts>) {
@@ -235,6 +206,23 @@ impl World {
             }
         }
         view
+    }
+}
+
+/// Gives up the old addresses of an object, but for those that belong to a newer one by now, and takes the new ones.
+fn move_addresses(
+    owners: &mut SharedMap<IpAddr, Key>,
+    key: &Key,
+    old: Option<&[IpAddr]>,
+    new: Option<&[IpAddr]>,
+) {
+    for address in old.unwrap_or_default() {
+        if owners.get(address) == Some(key) {
+            owners.remove(address);
+        }
+    }
+    for address in new.unwrap_or_default() {
+        owners.insert(*address, key.clone());
     }
 }
 
