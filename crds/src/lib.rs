@@ -6,8 +6,9 @@ pub mod istio;
 mod service_fence;
 
 pub use service_fence::{
-    Dependency, Evidence, LearntDependency, Mode, Scope, Selector, ServiceFence, ServiceFenceSpec,
-    ServiceFenceStatus, ServiceSelector, UnresolvedHost, Workload,
+    Dependency, Evidence, FirstCall, FirstCallPolicy, GrpcFirstCall, LearntDependency, Mode,
+    Otherwise, Scope, Selector, ServiceFence, ServiceFenceSpec, ServiceFenceStatus,
+    ServiceSelector, UnresolvedHost, Workload,
 };
 
 use kube::CustomResourceExt;

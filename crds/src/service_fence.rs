@@ -6,6 +6,7 @@
 )]
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
@@ -69,6 +70,93 @@ pub struct ServiceFenceSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 2000))]
     pub dependencies: Vec<Dependency>,
+
+    /// What happens to a call to a host that is not in scope yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_call: Option<FirstCall>,
+}
+
+/// What happens to a call to a host that is not in scope yet. Absent fields have their defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FirstCall {
+    /// Whether it waits until the host is in scope (`Hold`), is passed on at once (`Forward`), or is left to Istio
+    /// (`None`).
+    #[serde(default)]
+    pub policy: FirstCallPolicy,
+
+    /// How long a call is held in all, `10ms` to `10s`; then `otherwise` applies. Absent: `1s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    #[x_kube(
+        validation = Rule::new(
+            "self.matches('^[0-9]+(ms|s)$') && duration(self) >= duration('10ms') && duration(self) <= duration('10s')"
+        )
+            .message("holdFor is a whole number of ms or s, from 10ms to 10s"),
+    )]
+    pub hold_for: Option<String>,
+
+    /// What becomes of a call that was held for `holdFor` in vain, or cannot be held.
+    #[serde(default)]
+    pub otherwise: Otherwise,
+
+    /// gRPC: `Auto` forwards at once what no AuthorizationPolicy protects and holds the rest, `Hold` holds every call.
+    #[serde(default)]
+    pub grpc: GrpcFirstCall,
+}
+
+impl FirstCall {
+    /// How long a call is held in all.
+    pub fn hold_for(&self) -> Duration {
+        let text = self.hold_for.as_deref().unwrap_or_default();
+        let (number, unit) = match text.strip_suffix("ms") {
+            Some(number) => (number, 1),
+            None => (text.trim_end_matches('s'), 1000),
+        };
+        number
+            .parse::<u64>()
+            .map_or(Duration::from_secs(1), |number| {
+                Duration::from_millis(number.saturating_mul(unit)).min(Self::LONGEST)
+            })
+    }
+
+    /// The longest that any call is held.
+    pub const LONGEST: Duration = Duration::from_secs(10);
+}
+
+/// How a first call is answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum FirstCallPolicy {
+    /// It waits at the global proxy until the host is in the caller's scope; the caller's own proxy then calls the host
+    /// itself, so that the callee sees who is calling. What cannot wait (long bodies, upgrades) is forwarded.
+    #[default]
+    Hold,
+    /// The global proxy passes it on under its own identity, where no AuthorizationPolicy asks who is calling; else it
+    /// is refused. The caller's next call goes direct.
+    Forward,
+    /// It is not redirected at all: it gets what Istio's outboundTrafficPolicy says, and nothing is learnt from it.
+    None,
+}
+
+/// What becomes of a call that could not be held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Otherwise {
+    /// The global proxy passes it on, where no AuthorizationPolicy asks who is calling; else it is refused.
+    #[default]
+    Forward,
+    /// 503, or `UNAVAILABLE` for gRPC.
+    Refuse,
+}
+
+/// How a first call by gRPC is answered, where the policy is `Hold`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum GrpcFirstCall {
+    /// Forward where no AuthorizationPolicy asks who is calling; else hold. A held stream, whose request does not end by
+    /// itself, gets `UNAVAILABLE` once the host is in scope.
+    #[default]
+    Auto,
+    /// Hold every call.
+    Hold,
 }
 
 /// The pods of a fence: by a Service or by labels.
@@ -185,6 +273,9 @@ pub struct Scope {
     pub learnt: u32,
     /// Of the imported: hosts that `spec.dependencies` names.
     pub declared: u32,
+    /// Of the imported: hosts whose AuthorizationPolicies name the workload as a caller.
+    #[serde(default)]
+    pub named: u32,
     /// Of the imported: hosts that are in every scope, since the global proxy could not catch calls to them (ports that
     /// are not HTTP, ServiceEntries, VirtualServices under names of their own), and the global proxy itself.
     pub always: u32,
@@ -197,9 +288,11 @@ pub struct Scope {
 pub enum Evidence {
     /// The global proxy saw the workload call it.
     GlobalProxy,
+    /// An AuthorizationPolicy of the host allows the workload to call it, by name. Goes when the policy does.
+    AuthorizationPolicy,
 }
 
-/// A host that the workload was seen to call.
+/// A host that the workload calls.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LearntDependency {
@@ -210,9 +303,10 @@ pub struct LearntDependency {
     /// When it first became known.
     #[schemars(with = "Time")]
     pub first_seen: Timestamp,
-    /// When the workload was last known to call it, to the hour.
-    #[schemars(with = "Time")]
-    pub last_seen: Timestamp,
+    /// When the workload was last known to call it, to the hour; absent if it never was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub last_seen: Option<Timestamp>,
 }
 
 /// A name that was called and that nothing answers to.

@@ -12,6 +12,9 @@ use crate::lab::{Lab, PATIENCE};
 use crate::pod::PodSpec;
 use crate::wait::eventually;
 
+/// The global proxy's identity.
+pub const GLOBAL_PROXY: &str = "spiffe://cluster.local/ns/fenceline-system/sa/global-proxy";
+
 /// A namespace and a name.
 pub type Name<'a> = (&'a str, &'a str);
 
@@ -168,11 +171,11 @@ impl Lab {
         .await
     }
 
-    /// Makes a call that must be answered, by the global proxy.
+    /// Makes a call that must be answered under the identity of `pod`, the first time: it was held.
     ///
     /// # Errors
     /// Fails when there is no answer or it came another way.
-    pub async fn first_call(
+    pub async fn held_call(
         &self,
         pod: Name<'_>,
         protocol: Protocol,
@@ -180,8 +183,27 @@ impl Lab {
     ) -> anyhow::Result<Outcome> {
         let outcome = self.get(pod, protocol, authority).await?;
         let report = outcome.report()?;
-        let proxy = "spiffe://cluster.local/ns/fenceline-system/sa/global-proxy";
-        anyhow::ensure!(report.peer() == Some(proxy), "{authority}: {report:?}");
+        let own = format!("spiffe://cluster.local/ns/{}/sa/{}", pod.0, pod.1);
+        anyhow::ensure!(report.peer() == Some(&own), "{authority}: {report:?}");
+        Ok(outcome)
+    }
+
+    /// Makes a call that must be answered under the global proxy's identity: it was forwarded.
+    ///
+    /// # Errors
+    /// Fails when there is no answer or it came another way.
+    pub async fn forwarded_call(
+        &self,
+        pod: Name<'_>,
+        protocol: Protocol,
+        authority: &str,
+    ) -> anyhow::Result<Outcome> {
+        let outcome = self.get(pod, protocol, authority).await?;
+        let report = outcome.report()?;
+        anyhow::ensure!(
+            report.peer() == Some(GLOBAL_PROXY),
+            "{authority}: {report:?}"
+        );
         Ok(outcome)
     }
 

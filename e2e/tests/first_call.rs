@@ -70,7 +70,7 @@ fn a_first_call_works_and_the_next_goes_direct() {
                 "bank/vault.bank.svc.cluster.local",
             ),
         ] {
-            let first = lab.first_call(CLIENT, protocol, authority).await?;
+            let first = lab.held_call(CLIENT, protocol, authority).await?;
             let report = first.report()?;
             anyhow::ensure!(
                 report.host == authority,
@@ -124,7 +124,7 @@ fn names_outside_the_mesh_never_reach_the_global_proxy() {
             );
         }
         // A name of the mesh does, so the silence above is no accident.
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         eventually(PATIENCE, "one observation in all", async || {
             let seen = lab
@@ -145,7 +145,7 @@ fn ten_thousand_junk_names_write_nothing_and_cost_little() {
         lab.fence(CLIENT, "{}").await?;
         lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
             .await?;
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
@@ -214,7 +214,7 @@ fn istios_own_access_log_provider_will_do() {
         lab.fence(CLIENT, "{}").await?;
         lab.until_forgotten(CLIENT, "reviews.shop.svc.cluster.local")
             .await?;
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.until_in_scope(CLIENT, "shop/reviews.shop.svc.cluster.local")
             .await?;
@@ -325,7 +325,7 @@ fn a_first_call_works_where_only_registered_hosts_are_allowed() {
             Ok(())
         })
         .await?;
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
             .await

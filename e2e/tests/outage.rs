@@ -56,7 +56,7 @@ async fn versions(lab: &Lab) -> anyhow::Result<Vec<String>> {
 fn a_killed_operator_forgets_nothing_and_writes_nothing() {
     fenceline_e2e::test(async |lab| {
         shop(lab).await?;
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.until_in_scope(CLIENT, REVIEWS).await?;
         lab.until_quiet(OPERATOR, Duration::from_secs(1)).await?;
@@ -64,7 +64,7 @@ fn a_killed_operator_forgets_nothing_and_writes_nothing() {
 
         lab.running_mut(SYSTEM, OPERATOR)?.app()?.kill().await?;
         // Without an operator first calls still work.
-        lab.first_call(CLIENT, Protocol::Http1, "ratings:9080")
+        lab.forwarded_call(CLIENT, Protocol::Http1, "ratings:9080")
             .await?;
         lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
@@ -84,7 +84,7 @@ fn a_killed_operator_forgets_nothing_and_writes_nothing() {
         })
         .await?;
         // And it still learns.
-        lab.first_call(CLIENT, Protocol::Http1, "ratings:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "ratings:9080")
             .await?;
         lab.until_in_scope(CLIENT, RATINGS).await
     });
@@ -131,7 +131,7 @@ fn a_replica_that_does_not_lead_learns_too() {
             Duration::from_secs(10),
             "the follower stores what it saw",
             async || {
-                lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+                lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
                     .await?;
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 anyhow::ensure!(learnt(lab).await?);
@@ -174,7 +174,7 @@ fn kube_apiserver_away_and_back() {
         lab.control_plane.restart_apiserver()?;
         lab.operator_ready(OPERATOR).await?;
         lab.until_in_scope(CLIENT, REVIEWS).await?;
-        lab.first_call(CLIENT, Protocol::Http1, "ratings:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "ratings:9080")
             .await?;
         lab.until_in_scope(CLIENT, RATINGS).await
     });
@@ -225,15 +225,15 @@ fn istiod_away_and_back() {
         let istiod = lab.control_plane.istiod.as_mut();
         istiod.expect("istiod runs").kill().await?;
         // Calls work and are learnt; only the proxies do not hear of it yet.
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.until_in_scope(CLIENT, REVIEWS).await?;
-        lab.first_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.control_plane.start_istiod(MESH_CONFIG).await?;
         lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
-        lab.first_call(CLIENT, Protocol::Http1, "ratings:9080")
+        lab.held_call(CLIENT, Protocol::Http1, "ratings:9080")
             .await?;
         lab.until_direct(CLIENT, Protocol::Http1, "ratings:9080")
             .await

@@ -38,12 +38,24 @@ pub struct Run {
         value_parser = key
     )]
     pub global_proxy: Key,
+    /// The port of the global proxy's Service that holds calls.
+    #[arg(long, env = "FENCELINE_ASK_PORT", default_value_t = 15080)]
+    pub ask_port: u16,
     /// The port of the global proxy's Service that passes calls on.
     #[arg(long, env = "FENCELINE_FORWARD_PORT", default_value_t = 15088)]
     pub forward_port: u16,
     /// The mesh's trust domain: Istio's meshConfig.trustDomain.
     #[arg(long, env = "FENCELINE_TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: String,
+    /// Istio's root namespace, whose policies apply to the whole mesh: meshConfig.rootNamespace.
+    #[arg(long, env = "FENCELINE_ROOT_NAMESPACE", default_value = "istio-system")]
+    pub root_namespace: String,
+    /// How many first calls of one pod are held at any moment; more are forwarded or refused, as the fence says.
+    #[arg(long, env = "FENCELINE_HELD_PER_CALLER", default_value_t = 100)]
+    pub held_per_caller: usize,
+    /// How many first calls this replica holds at any moment.
+    #[arg(long, env = "FENCELINE_HELD_IN_ALL", default_value_t = 2000)]
+    pub held_in_all: usize,
     /// The cluster's DNS domain.
     #[arg(
         long,
@@ -51,7 +63,7 @@ pub struct Run {
         default_value = "cluster.local"
     )]
     pub cluster_domain: String,
-    /// Where the access log service listens. Keep it on loopback: the sidecar in front of it checks who calls.
+    /// Where the access log and the authorization service listen. Keep it on loopback: the sidecar in front of it checks who calls.
     #[arg(
         long,
         env = "FENCELINE_GRPC_ADDRESS",

@@ -52,6 +52,12 @@ pub struct Metrics {
     pub writes: Family<Write, Counter>,
     /// What became of what the global proxy reported, by outcome.
     pub observations: Family<Outcome, Counter>,
+    /// What became of first calls.
+    pub first_calls: Family<Outcome, Counter>,
+    /// Calls that are held now.
+    pub held: Gauge,
+    /// How long calls were held each time, before they were sent back.
+    pub held_for: Histogram,
     /// Streams that were not the global proxy's.
     pub refused_streams: Counter,
     pub watch_errors: Family<Kind, Counter>,
@@ -70,6 +76,9 @@ impl Default for Metrics {
         Self {
             writes: Family::default(),
             observations: Family::default(),
+            first_calls: Family::default(),
+            held: Gauge::default(),
+            held_for: Histogram::new(exponential_buckets(0.005, 1.5, 20)),
             refused_streams: Counter::default(),
             watch_errors: Family::default(),
             objects: Family::default(),
@@ -88,6 +97,9 @@ impl Metrics {
         let Self {
             writes,
             observations,
+            first_calls,
+            held,
+            held_for,
             refused_streams,
             watch_errors,
             objects,
@@ -105,7 +117,12 @@ impl Metrics {
         );
         let help = "Access log entries, by what became of them";
         registry.register("observations", help, observations.clone());
-        let help = "Access log streams refused, since they were not the global proxy's";
+        let help = "First calls, by what became of them";
+        registry.register("first_calls", help, first_calls.clone());
+        registry.register("held_calls", "First calls that are held now", held.clone());
+        let help = "How long first calls were held before they were sent back";
+        registry.register_with_unit("held", help, Unit::Seconds, held_for.clone());
+        let help = "Requests refused, since they were not the global proxy's";
         registry.register("refused_streams", help, refused_streams.clone());
         registry.register(
             "watch_errors",
@@ -136,6 +153,7 @@ impl Metrics {
             ("Service", world.services.len()),
             ("ServiceEntry", world.service_entries.len()),
             ("VirtualService", world.virtual_services.len()),
+            ("AuthorizationPolicy", world.policies.len()),
             ("Pod", world.pods.len()),
             ("Sidecar", world.sidecars.len()),
             ("EnvoyFilter", world.envoy_filters.len()),

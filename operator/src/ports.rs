@@ -25,6 +25,7 @@ fn wanted(world: &World, settings: &Settings) -> BTreeSet<u16> {
     {
         ports.extend(&facts.http_ports);
     }
+    ports.remove(&settings.ask_port);
     ports.remove(&settings.forward_port);
     ports
 }
@@ -47,6 +48,7 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
         let now = Arc::clone(&world.borrow_and_update());
         let have = now.services.get(&settings.global_proxy).map(|have| {
             let mut ports = have.http_ports.clone();
+            ports.remove(&settings.ask_port);
             ports.remove(&settings.forward_port);
             ports
         });
@@ -81,16 +83,11 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{service, world};
-    use crate::world::Key;
+    use crate::testing::{service, settings, world};
 
     #[test]
     fn every_http_port_of_the_mesh_and_no_other() {
-        let settings = Settings {
-            global_proxy: Key::new("fenceline-system", "global-proxy"),
-            forward_port: 15088,
-            cluster_domain: "cluster.local".into(),
-        };
+        let settings = settings();
         let mut mesh = world();
         service(
             &mut mesh,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use envoy_types::ext_authz::v3::pb::AuthorizationServer;
 use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogServiceServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,7 +21,10 @@ use crate::fence::{self, Settings, learn::Learner};
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
 use crate::observe::access_log::AccessLog;
+use crate::observe::ext_authz::ExtAuthz;
+use crate::observe::hold::{Holder, Limits};
 use crate::observe::identity::Identity;
+use crate::observe::peer::Door;
 use crate::ports;
 use crate::status::StatusWriter;
 use crate::world::feed::{self, Feed};
@@ -37,7 +41,11 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         namespace,
         name,
         global_proxy,
+        ask_port,
         forward_port,
+        root_namespace,
+        held_per_caller,
+        held_in_all,
         trust_domain,
         cluster_domain,
         grpc_address,
@@ -62,7 +70,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         mut concerned,
         fences,
         synced,
-    } = feed::start(&client, &cluster_domain, &metrics);
+    } = feed::start(&client, &cluster_domain, &global_proxy, &metrics);
     tokio::spawn(metrics.api.clone().probe(client.clone()));
     let status = Arc::new(StatusWriter::new(
         client.clone(),
@@ -77,16 +85,40 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     );
     let mut learning = tokio::spawn(Arc::clone(&learner).run());
 
-    let access_log = AccessLog {
+    let door = Door {
         global_proxy: Identity {
-            trust_domain,
+            trust_domain: trust_domain.clone(),
             namespace: global_proxy.namespace.clone(),
             service_account: global_proxy.name.clone(),
         },
+        metrics: Arc::clone(&metrics),
+    };
+    let settings = Settings {
+        global_proxy,
+        ask_port,
+        forward_port,
+        cluster_domain,
+        trust_domain,
+        root_namespace,
+    };
+    let access_log = AccessLog {
+        door: door.clone(),
         world: world.clone(),
         learner: Arc::clone(&learner),
-        metrics: Arc::clone(&metrics),
         stop: stop.clone(),
+    };
+    let limits = Limits {
+        per_caller: held_per_caller,
+        in_all: held_in_all,
+    };
+    let ext_authz = ExtAuthz {
+        door,
+        world: world.clone(),
+        settings: settings.clone(),
+        learner: Arc::clone(&learner),
+        holder: Holder::new(world.clone(), Arc::clone(&metrics), limits),
+        metrics: Arc::clone(&metrics),
+        clock: clock::system,
     };
     let admin = TcpListener::bind(admin_address)
         .await
@@ -99,18 +131,14 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         .with_graceful_shutdown(stop.clone().cancelled_owned())
         .into_future();
     let admin = tokio::spawn(admin);
-    let mut grpc = tokio::spawn(serve_access_log(
+    let mut grpc = tokio::spawn(serve_global_proxy(
         grpc,
         access_log,
+        ext_authz,
         synced.clone(),
         stop.clone(),
     ));
 
-    let settings = Settings {
-        global_proxy,
-        forward_port,
-        cluster_domain,
-    };
     let writer = Writer::new(client.clone(), Arc::clone(&metrics));
     let context = Arc::new(fence::Context {
         world: world.clone(),
@@ -149,7 +177,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         signal = ended() => tracing::info!(signal = signal?, "ending"),
         // Without these the process would look well and learn nothing.
         _ = &mut learning => anyhow::bail!("learning ended"),
-        ended = &mut grpc => return ended?.context("the access log service ended"),
+        ended = &mut grpc => return ended?.context("the service for the global proxy ended"),
     }
 
     // What was learnt is stored, streams move to another replica, and the lease goes last: the next leader finds all.
@@ -164,10 +192,11 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves the access log once there is a mesh to understand it by; until then the global proxy tries another replica.
-async fn serve_access_log(
+/// Serves the global proxy once there is a mesh to understand it by; until then it tries another replica.
+async fn serve_global_proxy(
     listener: TcpListener,
     access_log: AccessLog,
+    ext_authz: ExtAuthz,
     mut synced: watch::Receiver<bool>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -177,9 +206,10 @@ async fn serve_access_log(
     }
     tonic::transport::Server::builder()
         .add_service(AccessLogServiceServer::new(access_log))
+        .add_service(AuthorizationServer::new(ext_authz))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
         .await
-        .context("the access log service")
+        .context("the service for the global proxy")
 }
 
 async fn wait_for(flag: &mut watch::Receiver<bool>) {

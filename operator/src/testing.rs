@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::Sidecar;
+use fenceline_crds::istio::{AuthorizationPolicy, Sidecar, VirtualService};
 use k8s_openapi::api::core::v1::Service;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::world::{Key, PodFacts, ServiceFacts, World};
+use crate::fence::Settings;
+use crate::world::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
 
 /// A mesh with the namespaces `shop`, `bank` and `fenceline-system`, and nothing in them.
 pub(crate) fn world() -> World {
@@ -19,6 +20,18 @@ pub(crate) fn world() -> World {
             .insert(namespace.to_owned(), Arc::default());
     }
     world
+}
+
+/// What an installation with every default has.
+pub(crate) fn settings() -> Settings {
+    Settings {
+        global_proxy: Key::new("fenceline-system", "global-proxy"),
+        ask_port: 15080,
+        forward_port: 15088,
+        cluster_domain: "cluster.local".into(),
+        trust_domain: "cluster.local".into(),
+        root_namespace: "istio-system".into(),
+    }
 }
 
 /// Parses YAML.
@@ -64,6 +77,23 @@ pub(crate) fn pod(world: &mut World, namespace: &str, name: &str, address: &str)
         addresses: vec![address.parse().expect("an address")],
     };
     world.set_pod(&Key::new(namespace, name), Some(facts));
+}
+
+/// Adds an AuthorizationPolicy.
+pub(crate) fn policy(world: &mut World, namespace: &str, name: &str, spec: &str) {
+    let mut policy = AuthorizationPolicy::new(name, yaml(spec));
+    policy.metadata.namespace = Some(namespace.to_owned());
+    world
+        .policies
+        .insert(Key::new(namespace, name), PolicyFacts::of(&policy).into());
+}
+
+/// Adds a VirtualService.
+pub(crate) fn virtual_service(world: &mut World, namespace: &str, name: &str, spec: &str) {
+    let mut object = VirtualService::new(name, yaml(spec));
+    object.metadata.namespace = Some(namespace.to_owned());
+    let hosts = NamedHosts::of_virtual_service(&object, &world.cluster_domain);
+    world.set_virtual_service(&Key::new(namespace, name), Some(hosts));
 }
 
 /// Adds a Sidecar of somebody else's.

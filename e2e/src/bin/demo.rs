@@ -225,7 +225,7 @@ async fn traffic(
         .context("a workload")?;
     let authority = format!("{to}:9080");
     let caller = (NAMESPACE, from);
-    match lab.first_call(caller, Protocol::Http1, &authority).await {
+    match lab.held_call(caller, Protocol::Http1, &authority).await {
         Ok(first) => row.first.push(first.took),
         Err(error) => row
             .broken

@@ -277,7 +277,11 @@ impl Learner {
 fn is_known(fence: &ServiceFence, fqdn: &str, now: Timestamp) -> bool {
     let learnt = fence.status.iter().flat_map(|status| &status.dependencies);
     let mut same = learnt.filter(|learnt| learnt.host == fqdn);
-    same.any(|learnt| now.duration_since(learnt.last_seen) < FRESH)
+    same.any(|learnt| {
+        learnt
+            .last_seen
+            .is_some_and(|last| now.duration_since(last) < FRESH)
+    })
 }
 
 /// The fence's status with what was seen.
@@ -290,8 +294,9 @@ fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
             .find(|learnt| learnt.host == *host)
         {
             Some(learnt) => {
-                if seen.duration_since(learnt.last_seen) >= FRESH {
-                    learnt.last_seen = *seen;
+                let fresh = |last: Timestamp| seen.duration_since(last) < FRESH;
+                if !learnt.last_seen.is_some_and(fresh) {
+                    learnt.last_seen = Some(*seen);
                 }
                 if !learnt.evidence.contains(&Evidence::GlobalProxy) {
                     learnt.evidence.push(Evidence::GlobalProxy);
@@ -301,7 +306,7 @@ fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
                 host: host.clone(),
                 evidence: vec![Evidence::GlobalProxy],
                 first_seen: *seen,
-                last_seen: *seen,
+                last_seen: Some(*seen),
             }),
         }
     }
@@ -358,7 +363,7 @@ mod tests {
         assert_eq!(merge(&cart, &seen(&["a"], 3599)), status);
         assert!(is_known(&cart, "a", at(3599)));
         let later = merge(&cart, &seen(&["a"], 3600));
-        assert_eq!(later.dependencies[0].last_seen, at(3600));
+        assert_eq!(later.dependencies[0].last_seen, Some(at(3600)));
         assert_eq!(later.dependencies[0].first_seen, at(0));
     }
 

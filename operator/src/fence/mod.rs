@@ -4,7 +4,7 @@ pub mod learn;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
-mod redirect;
+pub mod redirect;
 mod said;
 pub mod select;
 
@@ -47,9 +47,14 @@ const CONCURRENCY: u16 = 32;
 pub struct Settings {
     /// The global proxy's Service.
     pub global_proxy: Key,
+    /// Its port for calls that may be held.
+    pub ask_port: u16,
     /// Its port for calls to be passed on.
     pub forward_port: u16,
     pub cluster_domain: String,
+    pub trust_domain: String,
+    /// Istio's root namespace, whose policies apply to the whole mesh.
+    pub root_namespace: String,
 }
 
 impl Settings {
@@ -272,10 +277,12 @@ async fn apply(key: &Key, plan: &Plan, world: &World, context: &Context) -> Resu
             redirect: want_redirect,
             sidecar: want_sidecar,
         } = objects.as_ref();
-        context
-            .writer
-            .ensure::<EnvoyFilter>(want_redirect, redirect)
-            .await?;
+        if let Some(want_redirect) = want_redirect {
+            context
+                .writer
+                .ensure::<EnvoyFilter>(want_redirect, redirect)
+                .await?;
+        }
         if context
             .writer
             .ensure::<Sidecar>(want_sidecar, sidecar)
@@ -291,13 +298,23 @@ async fn apply(key: &Key, plan: &Plan, world: &World, context: &Context) -> Resu
                 .map(|(_, fqdn)| fqdn);
             context.learner.stored(key, names);
         }
+        if want_redirect.is_none() {
+            remove_own(redirect, key, context).await?;
+        }
         return Ok(());
     }
-    if let Some(sidecar) = sidecar.filter(|sidecar| fence_of(*sidecar).as_ref() == Some(key)) {
-        context.writer.remove(sidecar).await?;
-    }
-    if let Some(redirect) = redirect.filter(|redirect| fence_of(*redirect).as_ref() == Some(key)) {
-        context.writer.remove(redirect).await?;
+    remove_own(sidecar, key, context).await?;
+    remove_own(redirect, key, context).await
+}
+
+/// Removes an object of the fence's, if it is the fence's.
+async fn remove_own<K: Owned>(
+    object: Option<&K>,
+    fence: &Key,
+    context: &Context,
+) -> Result<(), Error> {
+    if let Some(object) = object.filter(|object| fence_of(*object).as_ref() == Some(fence)) {
+        context.writer.remove(object).await?;
     }
     Ok(())
 }

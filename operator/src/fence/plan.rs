@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fenceline_crds::istio::{EgressListener, EnvoyFilter, Sidecar, SidecarSpec, WorkloadSelector};
-use fenceline_crds::{Mode, Scope, ServiceFence, ServiceSelector};
+use fenceline_crds::{Evidence, LearntDependency, Mode, Scope, ServiceFence, ServiceSelector};
 use jiff::{SignedDuration, Timestamp};
 use kube::api::ObjectMeta;
 use kube::core::{Selector, SelectorExt};
@@ -20,6 +20,8 @@ use crate::world::{Host, Key, World};
 pub struct Plan {
     pub verdict: Verdict,
     pub scope: Scope,
+    /// Hosts whose AuthorizationPolicies name the workload as a caller.
+    pub named: BTreeSet<String>,
     /// Declared dependencies that mean nothing, each with why; they do not stop the others.
     pub remarks: Vec<String>,
     /// When time alone changes the plan: a declaration ends.
@@ -44,7 +46,8 @@ pub enum Verdict {
 /// The objects of an enforced fence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Objects {
-    pub redirect: EnvoyFilter,
+    /// Absent where first calls are left to Istio.
+    pub redirect: Option<EnvoyFilter>,
     pub sidecar: Sidecar,
 }
 
@@ -63,10 +66,10 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
             others if !others.is_empty() => Verdict::Conflicted(others),
             _ if fence.spec.mode == Mode::Observe => Verdict::Observe,
             _ => Verdict::Enforce(Box::new(Objects {
-                redirect: EnvoyFilter {
+                redirect: redirect(fence, &labels, world, settings).map(|spec| EnvoyFilter {
                     metadata: metadata(fence),
-                    spec: redirect(&labels, world, settings),
-                },
+                    spec,
+                }),
                 sidecar: Sidecar {
                     metadata: metadata(fence),
                     spec: sidecar(labels, &scoped.hosts),
@@ -77,6 +80,7 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
     Plan {
         verdict,
         scope: scoped.counts,
+        named: scoped.named,
         remarks: scoped.remarks,
         again_in: scoped.next_end.map(|end| end.duration_since(now)),
     }
@@ -132,13 +136,8 @@ fn selects(sidecar: &Sidecar, labels: &Labels, namespace: &str, world: &World) -
     };
     let theirs = &selector.labels;
     let shared = || {
-        world
-            .pods
-            .range(Key::new(namespace, "")..)
-            .take_while(|(key, _)| key.namespace == namespace)
-            .any(|(_, pod)| {
-                select::matches(theirs, &pod.labels) && select::matches(labels, &pod.labels)
-            })
+        select::pods_in(world, namespace)
+            .any(|pod| select::matches(theirs, &pod.labels) && select::matches(labels, &pod.labels))
     };
     select::matches(theirs, labels) || shared()
 }
@@ -146,6 +145,7 @@ fn selects(sidecar: &Sidecar, labels: &Labels, namespace: &str, world: &World) -
 #[derive(Default)]
 struct Scoped {
     hosts: BTreeSet<Host>,
+    named: BTreeSet<String>,
     counts: Scope,
     remarks: Vec<String>,
     next_end: Option<Timestamp>,
@@ -169,6 +169,10 @@ fn scope(
         .filter(|host| !always.contains(host))
         .collect();
     scoped.counts.learnt = count(learnt.len());
+
+    let named = named(fence, namespace, world, settings);
+    scoped.named = named.iter().map(|host| host.fqdn.clone()).collect();
+    scoped.counts.named = count(named.difference(&always).count());
 
     let mut declared = BTreeSet::new();
     for (index, dependency) in fence.spec.dependencies.iter().enumerate() {
@@ -209,6 +213,7 @@ fn scope(
 
     scoped.hosts = always;
     scoped.hosts.extend(learnt);
+    scoped.hosts.extend(named);
     scoped.hosts.extend(declared);
     scoped.counts.imported = count(scoped.hosts.len());
     scoped.counts.visible = view.visible.max(scoped.counts.imported);
@@ -227,7 +232,33 @@ fn learnt<'a>(
     world: &'a World,
 ) -> impl Iterator<Item = Host> {
     let dependencies = fence.status.iter().flat_map(|status| &status.dependencies);
-    dependencies.flat_map(move |learnt| hosts_named(world, namespace, &learnt.host))
+    // What only a policy says is worked out from the policies of this moment.
+    let seen = |learnt: &&LearntDependency| learnt.evidence != [Evidence::AuthorizationPolicy];
+    dependencies
+        .filter(seen)
+        .flat_map(move |learnt| hosts_named(world, namespace, &learnt.host))
+}
+
+/// The hosts whose AuthorizationPolicies name the fence's pods as callers.
+fn named(
+    fence: &ServiceFence,
+    namespace: &str,
+    world: &World,
+    settings: &Settings,
+) -> BTreeSet<Host> {
+    let Ok(labels) = select::labels(fence, world) else {
+        return BTreeSet::new();
+    };
+    let trust_domain = &settings.trust_domain;
+    let identities: BTreeSet<String> = select::pods_in(world, namespace)
+        .filter(|pod| select::matches(&labels, &pod.labels))
+        .map(|pod| format!("{trust_domain}/ns/{namespace}/sa/{}", pod.service_account))
+        .collect();
+    world
+        .named_by_policies(&settings.root_namespace, namespace, &identities)
+        .iter()
+        .flat_map(|service| world.providers(namespace, &world.fqdn(service)))
+        .collect()
 }
 
 /// The hosts that a full name stands for in a Sidecar.

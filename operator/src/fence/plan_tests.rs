@@ -7,19 +7,10 @@ use fenceline_crds::{Evidence, LearntDependency, ServiceFence, ServiceFenceStatu
 use jiff::Timestamp;
 use proptest::prelude::*;
 
-use super::Settings;
 use super::plan::{Objects, Plan, Verdict, plan};
 use super::select::NoPods;
-use crate::testing::{fence, foreign_sidecar, load, pod, service, world};
+use crate::testing::{fence, foreign_sidecar, load, pod, service, settings, world};
 use crate::world::{Key, NamedHosts, World};
-
-fn settings() -> Settings {
-    Settings {
-        global_proxy: Key::new("fenceline-system", "global-proxy"),
-        forward_port: 15088,
-        cluster_domain: "cluster.local".into(),
-    }
-}
 
 fn planned(fence: &ServiceFence, world: &World) -> Plan {
     plan(fence, world, &settings(), Timestamp::UNIX_EPOCH)
@@ -46,7 +37,7 @@ fn knows(mut fence: ServiceFence, hosts: &[&str]) -> ServiceFence {
         host: (*host).to_owned(),
         evidence: vec![Evidence::GlobalProxy],
         first_seen: Timestamp::UNIX_EPOCH,
-        last_seen: Timestamp::UNIX_EPOCH,
+        last_seen: Some(Timestamp::UNIX_EPOCH),
     };
     let dependencies = hosts.iter().map(learnt).collect();
     fence.status = Some(ServiceFenceStatus {

@@ -6,11 +6,21 @@
 use std::collections::BTreeSet;
 
 use fenceline_crds::istio::{EnvoyFilterSpec, WorkloadSelector};
+use fenceline_crds::{FirstCallPolicy, ServiceFence};
 use serde_json::{Value, json};
 
 use super::Settings;
 use super::select::Labels;
 use crate::world::World;
+
+/// The header by which the operator's answers tell the caller's proxy what to do with the call.
+pub const MARK: &str = "x-fenceline";
+/// Istio's own behaviour, please.
+pub const PASS: &str = "pass";
+/// On to the global proxy's forward port.
+pub const FORWARD: &str = "forward";
+/// How often one call can be sent back to its proxy. The answer that ends it counts too.
+pub const REDIRECTS: u32 = 32;
 
 /// The catch-all virtual hosts of `ALLOW_ANY`, `REGISTRY_ONLY` and `ALLOW_ANY_DYNAMIC_DNS`
 /// (pilot/pkg/networking/util/util.go).
@@ -20,9 +30,10 @@ const CATCH_ALL: [&str; 3] = ["allow_any", "block_all", "allow_any_dynamic_dns"]
 const LABEL: &str = "[a-z0-9_](?:[-a-z0-9_]*[a-z0-9_])?";
 
 /// Matches every form of a Service's name, and nothing that could be a name outside the mesh: of two labels, the second
-/// must be a namespace that exists. RE2, whole string.
+/// must be a namespace that exists. Addresses are those of the ranges that Services have theirs from. RE2, whole string.
 pub(super) fn authority_regex<'a>(
     namespaces: impl Iterator<Item = &'a str>,
+    ranges: impl Iterator<Item = [u8; 2]>,
     cluster_domain: &str,
 ) -> String {
     let namespaces: BTreeSet<&str> = namespaces.collect();
@@ -33,29 +44,44 @@ pub(super) fn authority_regex<'a>(
         let list: Vec<&str> = namespaces.into_iter().collect();
         format!(r"|\.(?:{})", list.join("|"))
     };
-    format!(r"(?i){LABEL}(?:|\.{LABEL}\.svc(?:\.{domain}\.?)?{of_namespace})(?::[0-9]+)?")
+    let addresses: String = ranges
+        .map(|[a, b]| format!(r"|{a}\.{b}\.[0-9]+\.[0-9]+"))
+        .collect();
+    format!(
+        r"(?i)(?:{LABEL}(?:|\.{LABEL}\.svc(?:\.{domain}\.?)?{of_namespace}){addresses})(?::[0-9]+)?"
+    )
 }
 
-/// The redirect for the pods that `labels` select.
-pub(super) fn redirect(labels: &Labels, world: &World, settings: &Settings) -> EnvoyFilterSpec {
+/// The redirect for the pods that `labels` select, unless the fence wants none.
+pub(super) fn redirect(
+    fence: &ServiceFence,
+    labels: &Labels,
+    world: &World,
+    settings: &Settings,
+) -> Option<EnvoyFilterSpec> {
     let namespaces = world.namespaces.keys().map(String::as_str);
-    let regex = authority_regex(namespaces, &world.cluster_domain);
-    EnvoyFilterSpec {
+    let regex = authority_regex(namespaces, world.service_ranges(), &world.cluster_domain);
+    let first_call = fence.spec.first_call.clone().unwrap_or_default();
+    // Of routes that are inserted first, the last comes out on top.
+    let routes = match first_call.policy {
+        FirstCallPolicy::None => return None,
+        FirstCallPolicy::Forward => vec![forward(&regex, settings)],
+        FirstCallPolicy::Hold => vec![forward(&regex, settings), ask(&regex, settings)],
+    };
+    Some(EnvoyFilterSpec {
         workload_selector: Some(WorkloadSelector {
             labels: labels.clone(),
             ..Default::default()
         }),
         config_patches: CATCH_ALL
             .iter()
-            .map(|vhost| patch(vhost, &regex, settings))
+            .flat_map(|vhost| routes.iter().map(|route| insert_first(vhost, route)))
             .collect(),
         ..EnvoyFilterSpec::default()
-    }
+    })
 }
 
-fn patch(vhost: &str, regex: &str, settings: &Settings) -> Value {
-    let port = settings.forward_port;
-    let host = settings.global_proxy_host();
+fn insert_first(vhost: &str, route: &Value) -> Value {
     json!({
         "applyTo": "HTTP_ROUTE",
         // No name of a route configuration: one patch covers every port.
@@ -63,25 +89,66 @@ fn patch(vhost: &str, regex: &str, settings: &Settings) -> Value {
             "context": "SIDECAR_OUTBOUND",
             "routeConfiguration": {"vhost": {"name": vhost}},
         },
-        "patch": {
-            "operation": "INSERT_FIRST",
-            "value": {
-                "name": "fenceline-forward",
-                "match": {
-                    "prefix": "/",
-                    "headers": [{
-                        "name": ":authority",
-                        "string_match": {"safe_regex": {"regex": regex}},
-                    }],
-                },
-                "route": {
-                    "cluster": format!("outbound|{port}||{host}"),
-                    // As in Istio's own catch-all: Envoy's 15 s would cut long calls short.
-                    "timeout": "0s",
-                    "max_grpc_timeout": "0s",
-                },
-            },
-        },
+        "patch": {"operation": "INSERT_FIRST", "value": route},
+    })
+}
+
+fn authority(regex: &str) -> Value {
+    json!({"name": ":authority", "string_match": {"safe_regex": {"regex": regex}}})
+}
+
+/// A header whose whole value is nothing that `regex` matches, or that is absent.
+fn is_not(header: &str, regex: &str) -> Value {
+    json!({
+        "name": header,
+        "string_match": {"safe_regex": {"regex": regex}},
+        "invert_match": true,
+        // Or else an absent header matches nothing, not even the inverse.
+        "treat_missing_header_as_empty": true,
+    })
+}
+
+/// Everything of the mesh that the ask route does not take, unless it was sent back to be passed.
+fn forward(regex: &str, settings: &Settings) -> Value {
+    json!({
+        "name": "fenceline-forward",
+        "match": {"prefix": "/", "headers": [authority(regex), is_not(MARK, PASS)]},
+        // An application's own redirects reach its client: there is no redirect policy here.
+        "route": to(settings.forward_port, settings),
+    })
+}
+
+/// What can be sent again: no upgrade, and a body, if any, of a known length within Envoy's buffer, which is 1 MiB. A
+/// request without a length (gRPC, HTTP/2 streams) is told apart at the global proxy.
+///
+/// Never `request_headers_to_add` here: Envoy 1.40 keeps a pointer into the route, which an update replaces.
+fn ask(regex: &str, settings: &Settings) -> Value {
+    let mut route = to(settings.ask_port, settings);
+    route["internal_redirect_policy"] = json!({
+        "max_internal_redirects": REDIRECTS,
+        "redirect_response_codes": [307],
+        "response_headers_to_copy": [MARK],
+    });
+    let headers = json!([
+        authority(regex),
+        is_not(MARK, &format!("{PASS}|{FORWARD}")),
+        is_not("upgrade", ".+"),
+        is_not("transfer-encoding", ".+"),
+        is_not("content-length", "[0-9]{7,}"),
+    ]);
+    json!({
+        "name": "fenceline-ask",
+        "match": {"prefix": "/", "headers": headers},
+        "route": route,
+    })
+}
+
+fn to(port: u16, settings: &Settings) -> Value {
+    json!({
+        "cluster": format!("outbound|{port}||{}", settings.global_proxy_host()),
+        // As in Istio's own catch-all: Envoy's 15 s would cut long calls short.
+        "timeout": "0s",
+        "max_grpc_timeout": "0s",
     })
 }
 
@@ -91,7 +158,8 @@ mod tests {
     use regex::Regex;
 
     fn caught(name: &str) -> bool {
-        let regex = authority_regex(["shop", "bank"].into_iter(), "cluster.local");
+        let namespaces = ["shop", "bank"].into_iter();
+        let regex = authority_regex(namespaces, [[10, 96]].into_iter(), "cluster.local");
         Regex::new(&format!("^(?:{regex})$"))
             .unwrap()
             .is_match(name)
@@ -107,6 +175,8 @@ mod tests {
             "reviews.any.svc",
             "reviews.any.svc.cluster.local",
             "reviews.any.svc.cluster.local.:9080",
+            "10.96.0.7",
+            "10.96.200.7:80",
         ] {
             assert!(caught(name), "{name}");
         }
@@ -120,8 +190,9 @@ mod tests {
             "www.shop.com",
             "reviews.shop.example.com",
             "reviews.any.svc.other.domain",
-            "10.96.0.7",
-            "10.96.0.7:80",
+            "10.97.0.7",
+            "10.9.96.7",
+            "110.96.0.7:80",
             "[fd00::7]:80",
             // Istio has no virtual host for these forms either.
             "shop.",

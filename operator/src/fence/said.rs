@@ -1,7 +1,9 @@
 //! What a fence says of itself: conditions in plain words, and its scope.
 
-use fenceline_crds::{Scope, ServiceFence, ServiceFenceStatus};
-use jiff::Timestamp;
+use std::collections::BTreeSet;
+
+use fenceline_crds::{Evidence, LearntDependency, Scope, ServiceFence, ServiceFenceStatus};
+use jiff::{Timestamp, Unit};
 
 use super::plan::{Plan, Verdict};
 use super::select::NoPods;
@@ -53,10 +55,12 @@ fn in_scope(scope: Scope, are: &str) -> String {
         visible: _,
         learnt,
         declared,
+        named,
         always,
     } = scope;
     format!(
         "{imported} hosts {are} in scope: {learnt} learnt, {declared} declared, \
+         {named} whose policies name this workload, \
          {always} that every workload needs"
     )
 }
@@ -125,8 +129,40 @@ pub(super) fn status(fence: &ServiceFence, plan: &Plan, now: Timestamp) -> Servi
         observed_generation: generation,
         conditions: set_conditions(&old.conditions, &conditions(plan), generation, now),
         scope: Some(steady(old.scope, plan.scope)),
+        dependencies: with_policies(old.dependencies, &plan.named, now),
         ..old
     }
+}
+
+/// What was learnt, with what policies say now: that comes and goes with them.
+fn with_policies(
+    mut dependencies: Vec<LearntDependency>,
+    named: &BTreeSet<String>,
+    now: Timestamp,
+) -> Vec<LearntDependency> {
+    for known in &mut dependencies {
+        let evidence = &mut known.evidence;
+        let has = evidence.contains(&Evidence::AuthorizationPolicy);
+        match (named.contains(&known.host), has) {
+            (true, false) => evidence.push(Evidence::AuthorizationPolicy),
+            (false, true) => evidence.retain(|kind| *kind != Evidence::AuthorizationPolicy),
+            _ => {}
+        }
+    }
+    dependencies.retain(|known| !known.evidence.is_empty());
+    let known: BTreeSet<String> = dependencies
+        .iter()
+        .map(|known| known.host.clone())
+        .collect();
+    let new = named.difference(&known).map(|host| LearntDependency {
+        host: host.clone(),
+        evidence: vec![Evidence::AuthorizationPolicy],
+        first_seen: now.round(Unit::Second).unwrap_or(now),
+        last_seen: None,
+    });
+    dependencies.extend(new);
+    dependencies.sort_by(|a, b| a.host.cmp(&b.host));
+    dependencies
 }
 
 /// Each Service that comes or goes changes what every fence could see. That alone is written only once it makes a

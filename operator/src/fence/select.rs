@@ -66,6 +66,15 @@ pub fn fences_in<'a>(
         .map(|(key, fence)| (key, fence.as_ref()))
 }
 
+/// The pods of `namespace`.
+pub fn pods_in<'a>(world: &'a World, namespace: &'a str) -> impl Iterator<Item = &'a PodFacts> {
+    world
+        .pods
+        .range(Key::new(namespace, "")..)
+        .take_while(move |(key, _)| key.namespace == namespace)
+        .map(|(_, pod)| pod.as_ref())
+}
+
 /// The fences that select a pod of `namespace`.
 pub fn fences_of_pod(world: &World, namespace: &str, pod: &PodFacts) -> Vec<Key> {
     fences_in(world, namespace)

@@ -20,20 +20,17 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::identity::Identity;
+use super::peer::Door;
 use super::resolve::{UnknownCaller, fences_of_caller, resolve};
 use crate::fence::learn::{Learner, Noted};
-use crate::metrics::{Metrics, outcome};
+use crate::metrics::outcome;
 use crate::world::World;
-
-/// The header in which a sidecar vouches for its peer.
-const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
 
 /// Serves Envoy's access log stream.
 pub struct AccessLog {
-    pub global_proxy: Identity,
+    pub door: Door,
     pub world: watch::Receiver<Arc<World>>,
     pub learner: Arc<Learner>,
-    pub metrics: Arc<Metrics>,
     pub stop: CancellationToken,
 }
 
@@ -51,7 +48,7 @@ impl AccessLogService for AccessLog {
         &self,
         request: Request<Streaming<StreamAccessLogsMessage>>,
     ) -> Result<Response<StreamAccessLogsResponse>, Status> {
-        self.admit(request.metadata())?;
+        self.door.admit(request.metadata())?;
         let mut stream = request.into_inner();
         loop {
             let message = tokio::select! {
@@ -63,7 +60,8 @@ impl AccessLogService for AccessLog {
             if let Some(LogEntries::HttpLogs(logs)) = message.log_entries {
                 for entry in &logs.log_entry {
                     let became = self.take(entry, received);
-                    self.metrics
+                    self.door
+                        .metrics
                         .observations
                         .get_or_create(&outcome(became))
                         .inc();
@@ -75,31 +73,13 @@ impl AccessLogService for AccessLog {
 }
 
 impl AccessLog {
-    /// Only the global proxy may speak: our sidecar terminates mutual TLS and says who the peer is.
-    fn admit(&self, metadata: &tonic::metadata::MetadataMap) -> Result<(), Status> {
-        // A header that comes twice is one list.
-        let mut values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
-        let peer = values.next_back().and_then(|value| value.to_str().ok());
-        let peer = peer.and_then(Identity::from_forwarded);
-        if peer.as_ref() == Some(&self.global_proxy) {
-            return Ok(());
-        }
-        self.metrics.refused_streams.inc();
-        let who = peer.map_or_else(|| "nobody we know".to_owned(), |peer| peer.to_string());
-        tracing::warn!(peer = %who, wanted = %self.global_proxy, "access log stream refused");
-        Err(Status::permission_denied(format!(
-            "only {} may report first calls; this is {who}",
-            self.global_proxy
-        )))
-    }
-
     /// Takes one entry in; returns its outcome for the metrics. Never fails: a proxy may report anything.
     fn take(&self, entry: &HttpAccessLogEntry, received: Instant) -> &'static str {
         let Some(seen) = read(entry) else {
             return "incomplete";
         };
         // Every trust domain is a mesh of its own; its names and namespaces are not ours.
-        if seen.caller.trust_domain != self.global_proxy.trust_domain {
+        if seen.caller.trust_domain != self.door.global_proxy.trust_domain {
             return "foreign_trust_domain";
         }
         let world = Arc::clone(&self.world.borrow());

@@ -1,5 +1,9 @@
-//! Evidence: what is seen of calls, and what it means.
+//! Evidence: what is seen of calls, and what it means. And the answers to first calls.
 
 pub mod access_log;
+pub mod ext_authz;
+pub mod first_call;
+pub mod hold;
 pub mod identity;
+pub mod peer;
 pub mod resolve;

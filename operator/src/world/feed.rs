@@ -7,9 +7,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::{EnvoyFilter, ServiceEntry, Sidecar, VirtualService};
+use fenceline_crds::istio::{
+    AuthorizationPolicy, EnvoyFilter, ServiceEntry, Sidecar, VirtualService,
+};
 use futures::{StreamExt, pin_mut};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector};
@@ -17,8 +20,9 @@ use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
-use super::{Key, NamedHosts, PodFacts, ServiceFacts, World};
+use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
+use crate::fence::select::fences_of_pod;
 use crate::metrics::Metrics;
 
 /// Changes that may wait for the world's task; a watch that is faster waits for it.
@@ -31,7 +35,11 @@ enum Change {
     Service(Key, Option<ServiceFacts>),
     ServiceEntry(Key, Option<NamedHosts>),
     VirtualService(Key, Option<NamedHosts>),
+    /// A policy, and whether Fenceline wrote it.
+    Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
     Pod(Key, Option<PodFacts>),
+    /// How many endpoints of the global proxy are ready, by slice.
+    GlobalProxy(Key, Option<usize>),
     Sidecar(Key, Option<Box<Sidecar>>),
     EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
     Fence(Key, Option<Box<ServiceFence>>),
@@ -51,12 +59,14 @@ pub struct Concerned {
 }
 
 /// The kinds that are watched, by the names that metrics and readiness use.
-pub const KINDS: [&str; 8] = [
+pub const KINDS: [&str; 10] = [
     "Namespace",
     "Service",
     "ServiceEntry",
     "VirtualService",
+    "AuthorizationPolicy",
     "Pod",
+    "EndpointSlice",
     "Sidecar",
     "EnvoyFilter",
     "ServiceFence",
@@ -73,7 +83,12 @@ pub struct Feed {
 }
 
 /// Starts the watches and the world's task; they end with the runtime.
-pub fn start(client: &kube::Client, cluster_domain: &str, metrics: &Arc<Metrics>) -> Feed {
+pub fn start(
+    client: &kube::Client,
+    cluster_domain: &str,
+    global_proxy: &Key,
+    metrics: &Arc<Metrics>,
+) -> Feed {
     let (changes, inbox) = mpsc::channel(BACKLOG);
     let world = World::new(cluster_domain);
     let (publish, published) = watch::channel(Arc::new(world.clone()));
@@ -105,8 +120,23 @@ pub fn start(client: &kube::Client, cluster_domain: &str, metrics: &Arc<Metrics>
         let hosts = object.map(|object| NamedHosts::of_virtual_service(&object, &domain));
         Change::VirtualService(key, hosts)
     });
+    let namespace = global_proxy.namespace.clone();
+    watches.watch(&all, move |key, object: Option<AuthorizationPolicy>| {
+        // Those that we write protect nobody but us from being used.
+        let facts = object.as_ref().map(PolicyFacts::of);
+        let ours = object.filter(|_| key.namespace == namespace).map(Box::new);
+        let ours = ours.filter(|object| is_ours(object.as_ref()));
+        Change::Policy(key, facts, ours)
+    });
     watches.watch(&all, |key, object: Option<Pod>| {
         Change::Pod(key, object.map(|object| pod_facts(&object)))
+    });
+    let slices = all
+        .clone()
+        .labels(&format!("{SERVICE_NAME}={}", global_proxy.name));
+    let api = Api::namespaced(client.clone(), &global_proxy.namespace);
+    watches.watch_in(api, &slices, |key, object: Option<EndpointSlice>| {
+        Change::GlobalProxy(key, object.as_ref().map(ready_endpoints))
     });
     watches.watch(&all, |key, object: Option<Sidecar>| {
         Change::Sidecar(key, object.map(Box::new))
@@ -160,6 +190,25 @@ fn pod_facts(pod: &Pod) -> PodFacts {
     }
 }
 
+/// <https://kubernetes.io/docs/reference/labels-annotations-taints/#kubernetesioservice-name>
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+fn ready_endpoints(slice: &EndpointSlice) -> usize {
+    let ready = |condition: Option<bool>| condition.unwrap_or(true);
+    slice
+        .endpoints
+        .iter()
+        .filter(|endpoint| {
+            ready(
+                endpoint
+                    .conditions
+                    .as_ref()
+                    .and_then(|conditions| conditions.ready),
+            )
+        })
+        .count()
+}
+
 struct Watches {
     client: kube::Client,
     changes: mpsc::Sender<Change>,
@@ -172,14 +221,16 @@ impl Watches {
         K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
         F: Fn(Key, Option<K>) -> Change + Send + 'static,
     {
+        self.watch_in(Api::all(self.client.clone()), config, change);
+    }
+
+    fn watch_in<K, F>(&self, api: Api<DeserializeGuard<K>>, config: &watcher::Config, change: F)
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+        F: Fn(Key, Option<K>) -> Change + Send + 'static,
+    {
         let (changes, metrics) = (self.changes.clone(), Arc::clone(&self.metrics));
-        tokio::spawn(follow(
-            Api::all(self.client.clone()),
-            config.clone(),
-            change,
-            changes,
-            metrics,
-        ));
+        tokio::spawn(follow(api, config.clone(), change, changes, metrics));
     }
 }
 
@@ -320,8 +371,37 @@ impl WorldTask {
                     concerned.all = true;
                 }
             }
+            Change::Policy(key, facts, ours) => {
+                let old = self.world.policies.get(&key).map(AsRef::as_ref);
+                if old != facts.as_ref() {
+                    let named = |facts: Option<&PolicyFacts>| {
+                        facts.filter(|facts| !facts.callers.is_empty()).cloned()
+                    };
+                    concerned.all |= named(old) != named(facts.as_ref());
+                    set(&mut self.world.policies, key.clone(), facts.map(Box::new));
+                }
+                set(&mut self.world.own_policies, key, ours);
+            }
+            Change::GlobalProxy(key, ready) => {
+                let slices = &mut self.world.global_proxy;
+                match ready {
+                    Some(ready) => drop(slices.insert(key, ready)),
+                    None => drop(slices.remove(&key)),
+                }
+            }
             Change::Pod(key, facts) => {
-                if self.world.pods.get(&key).map(AsRef::as_ref) != facts.as_ref() {
+                let old = self.world.pods.get(&key).map(AsRef::as_ref);
+                if old != facts.as_ref() {
+                    // Policies name callers by what their pods run as.
+                    let runs_as = |facts: Option<&PodFacts>| {
+                        facts.map(|facts| (facts.service_account.clone(), facts.labels.clone()))
+                    };
+                    if runs_as(old) != runs_as(facts.as_ref()) {
+                        for facts in [old, facts.as_ref()].into_iter().flatten() {
+                            let fences = fences_of_pod(&self.world, &key.namespace, facts);
+                            concerned.fences.extend(fences);
+                        }
+                    }
                     self.world.set_pod(&key, facts);
                 }
             }
@@ -399,8 +479,19 @@ impl WorldTask {
         concerned.all |= before != in_every_scope(facts.as_ref());
         concerned.namespaces.insert(key.namespace.clone());
         concerned.with_selectors = true;
+        let ranges: Vec<_> = self.world.service_ranges().collect();
         self.world.set_service(key, facts);
+        // The redirect lists them.
+        concerned.all |= !self.world.service_ranges().eq(ranges);
     }
+}
+
+/// Whether Fenceline wrote it.
+pub fn is_ours<K: Resource>(object: &K) -> bool {
+    object
+        .labels()
+        .get(MANAGED_BY)
+        .is_some_and(|manager| manager == MANAGER)
 }
 
 fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) {
@@ -412,11 +503,7 @@ fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) 
 
 /// The fence that an object of ours was written for: by its labels, or by its owner where somebody took those off.
 pub fn fence_of<K: Resource>(object: &K) -> Option<Key> {
-    let labels = object.labels();
-    let ours = labels
-        .get(MANAGED_BY)
-        .is_some_and(|manager| manager == MANAGER);
-    let labelled = labels.get(FENCE_LABEL).filter(|_| ours);
+    let labelled = object.labels().get(FENCE_LABEL).filter(|_| is_ours(object));
     let group = format!("{}/", ServiceFence::group(&()));
     let owner = object.owner_references().iter().find(|owner| {
         owner.kind == ServiceFence::kind(&()) && owner.api_version.starts_with(&group)

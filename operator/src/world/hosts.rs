@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use fenceline_crds::istio::{ServiceEntry, VirtualService};
 use k8s_openapi::api::core::v1::{Service, ServicePort};
+use serde_json::Value;
 
 /// A namespaced object's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -156,6 +157,10 @@ pub struct NamedHosts {
     /// Lower case, full names.
     pub hosts: BTreeSet<String>,
     pub export_to: ExportTo,
+    /// The hosts that a VirtualService leads to, mirrors among them.
+    pub destinations: BTreeSet<String>,
+    /// The VirtualServices that it delegates to.
+    pub delegates: BTreeSet<Key>,
 }
 
 impl NamedHosts {
@@ -169,6 +174,7 @@ impl NamedHosts {
                 .map(|host| host.to_ascii_lowercase())
                 .collect(),
             export_to: ExportTo::parse(entry.spec.export_to.iter().map(String::as_str), namespace),
+            ..Self::default()
         }
     }
 
@@ -177,7 +183,7 @@ impl NamedHosts {
         let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
         let spec = &service.spec;
         let mesh = spec.gateways.is_empty() || spec.gateways.iter().any(|name| name == "mesh");
-        let full = |host: &String| {
+        let full = |host: &str| {
             let host = host.to_ascii_lowercase();
             let short = !host.contains('.') && host != "*";
             if short {
@@ -186,10 +192,46 @@ impl NamedHosts {
                 host
             }
         };
-        Self {
-            hosts: spec.hosts.iter().filter(|_| mesh).map(full).collect(),
-            export_to: ExportTo::parse(spec.export_to.iter().map(String::as_str), namespace),
+        let mut destinations = BTreeSet::new();
+        let mut delegates = BTreeSet::new();
+        for route in spec.other.values().flat_map(leads_to) {
+            match route {
+                ("destination", destination) | ("mirror", destination) => {
+                    destinations.extend(destination["host"].as_str().map(full));
+                }
+                (_, delegate) => {
+                    let of = delegate["namespace"].as_str().unwrap_or(namespace);
+                    let name = delegate["name"].as_str();
+                    delegates.extend(name.map(|name| Key::new(of, name)));
+                }
+            }
         }
+        let hosts = spec.hosts.iter().filter(|_| mesh);
+        Self {
+            hosts: hosts.map(|host| full(host)).collect(),
+            export_to: ExportTo::parse(spec.export_to.iter().map(String::as_str), namespace),
+            destinations,
+            delegates,
+        }
+    }
+}
+
+/// What a VirtualService's routes say, at any depth, of where requests go.
+fn leads_to(value: &Value) -> Vec<(&str, &Value)> {
+    match value {
+        Value::Array(items) => items.iter().flat_map(leads_to).collect(),
+        Value::Object(fields) => fields
+            .iter()
+            .flat_map(|(name, value)| {
+                let leads = matches!(name.as_str(), "destination" | "mirror" | "delegate");
+                let below = leads_to(value);
+                leads
+                    .then_some((name.as_str(), value))
+                    .into_iter()
+                    .chain(below)
+            })
+            .collect(),
+        _ => Vec::new(),
     }
 }
 

@@ -2,16 +2,18 @@
 
 pub mod feed;
 mod hosts;
+mod policies;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
 use imbl::{HashMap as SharedMap, OrdMap};
 
 pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
+pub use policies::PolicyFacts;
 
 /// What we know of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,13 +56,20 @@ pub struct World {
     pub services: OrdMap<Key, Arc<ServiceFacts>>,
     pub service_entries: OrdMap<Key, Arc<NamedHosts>>,
     pub virtual_services: OrdMap<Key, Arc<NamedHosts>>,
+    pub policies: OrdMap<Key, Arc<PolicyFacts>>,
+    /// The AuthorizationPolicies that Fenceline wrote for the global proxy.
+    pub own_policies: OrdMap<Key, Arc<AuthorizationPolicy>>,
     pub pods: OrdMap<Key, Arc<PodFacts>>,
+    /// How many endpoints of the global proxy are ready, by EndpointSlice.
+    pub global_proxy: OrdMap<Key, usize>,
     pub sidecars: OrdMap<Key, Arc<Sidecar>>,
     /// Only those that Fenceline wrote.
     pub envoy_filters: OrdMap<Key, Arc<EnvoyFilter>>,
     pub fences: OrdMap<Key, Arc<ServiceFence>>,
     pod_of_address: SharedMap<IpAddr, Key>,
     service_of_address: SharedMap<IpAddr, Key>,
+    /// How many addresses of Services begin so.
+    service_ranges: OrdMap<[u8; 2], usize>,
     /// Worked out when first asked for, for the hosts as they are now.
     views: Views,
 }
@@ -73,12 +82,16 @@ impl World {
             services: OrdMap::new(),
             service_entries: OrdMap::new(),
             virtual_services: OrdMap::new(),
+            policies: OrdMap::new(),
+            own_policies: OrdMap::new(),
             pods: OrdMap::new(),
+            global_proxy: OrdMap::new(),
             sidecars: OrdMap::new(),
             envoy_filters: OrdMap::new(),
             fences: OrdMap::new(),
             pod_of_address: SharedMap::new(),
             service_of_address: SharedMap::new(),
+            service_ranges: OrdMap::new(),
             views: Views::default(),
         }
     }
@@ -88,6 +101,7 @@ impl World {
         let old = self.services.get(key).map(|old| old.addresses.as_slice());
         let new = facts.as_ref().map(|facts| facts.addresses.as_slice());
         move_addresses(&mut self.service_of_address, key, old, new);
+        count_ranges(&mut self.service_ranges, old, new);
         set(&mut self.services, key, facts);
     }
 
@@ -111,6 +125,11 @@ impl World {
     pub fn pod_at(&self, address: IpAddr) -> Option<(&Key, &PodFacts)> {
         let key = self.pod_of_address.get(&address)?;
         Some((key, self.pods.get(key)?))
+    }
+
+    /// The first two bytes of the Services' IPv4 addresses: the ranges that they come from, near enough.
+    pub fn service_ranges(&self) -> impl Iterator<Item = [u8; 2]> {
+        self.service_ranges.keys().copied()
     }
 
     pub fn service_at(&self, address: IpAddr) -> Option<&Key> {
@@ -223,6 +242,27 @@ fn move_addresses(
     }
     for address in new.unwrap_or_default() {
         owners.insert(*address, key.clone());
+    }
+}
+
+fn count_ranges(
+    ranges: &mut OrdMap<[u8; 2], usize>,
+    old: Option<&[IpAddr]>,
+    new: Option<&[IpAddr]>,
+) {
+    let range = |address: &IpAddr| match address {
+        IpAddr::V4(address) => Some([address.octets()[0], address.octets()[1]]),
+        // Written in too many ways to be recognised.
+        IpAddr::V6(_) => None,
+    };
+    for range in new.unwrap_or_default().iter().filter_map(range) {
+        *ranges.entry(range).or_default() += 1;
+    }
+    for range in old.unwrap_or_default().iter().filter_map(range) {
+        match ranges.get(&range) {
+            Some(1) | None => drop(ranges.remove(&range)),
+            Some(many) => drop(ranges.insert(range, many - 1)),
+        }
     }
 }
 

@@ -1,0 +1,42 @@
+//! Who may speak to us: the global proxy, and nobody else.
+
+use std::sync::Arc;
+
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+
+use super::identity::Identity;
+use crate::metrics::Metrics;
+
+/// The header in which a sidecar vouches for its peer.
+const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
+
+/// Lets in the global proxy alone.
+#[derive(Clone)]
+pub struct Door {
+    pub global_proxy: Identity,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Door {
+    /// Our own sidecar terminates mutual TLS and says who the peer is.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED` for everybody else.
+    pub fn admit(&self, metadata: &MetadataMap) -> Result<(), Status> {
+        // A header that comes twice is one list.
+        let mut values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
+        let peer = values.next_back().and_then(|value| value.to_str().ok());
+        let peer = peer.and_then(Identity::from_forwarded);
+        if peer.as_ref() == Some(&self.global_proxy) {
+            return Ok(());
+        }
+        self.metrics.refused_streams.inc();
+        let who = peer.map_or_else(|| "nobody we know".to_owned(), |peer| peer.to_string());
+        tracing::warn!(peer = %who, wanted = %self.global_proxy, "refused");
+        Err(Status::permission_denied(format!(
+            "only {} may report first calls; this is {who}",
+            self.global_proxy
+        )))
+    }
+}
