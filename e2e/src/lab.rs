@@ -13,7 +13,7 @@ use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 use tokio::process::Command;
 
-use crate::app::{Call, Outcome, Protocol};
+use crate::app::{Call, Outcome, Protocol, Shape};
 use crate::control_plane::{ADDRESS, ControlPlane, client};
 use crate::isolate::{self, SCRATCH, run};
 use crate::pod::{NODE, Pod, PodSpec, Surroundings};
@@ -477,6 +477,7 @@ pub fn request(protocol: Protocol, authority: &str, connect: SocketAddr) -> Call
         headers: BTreeMap::new(),
         body_bytes: 0,
         timeout: Duration::from_secs(15),
+        shape: Shape::Whole,
     }
 }
 

@@ -229,9 +229,9 @@ impl Pod {
             "-d",
             "15090,15021,15020,15000",
         ]);
-        let api = API_PORT.to_string();
+        let ports = format!("{API_PORT},15090");
         // As the operator's Deployment asks for: its watches must outlive its sidecar's restarts.
-        args.extend(["-o", &api]);
+        args.extend(["-o", &ports]);
         run("ip", &args).map(drop)
     }
 
@@ -434,15 +434,11 @@ impl Pod {
 }
 
 fn admin_call(path: &str) -> Call {
+    let admin = ([127, 0, 0, 1], 15000).into();
     Call {
-        protocol: Protocol::Http1,
-        method: "GET".into(),
-        authority: "127.0.0.1:15000".into(),
         path: path.into(),
-        connect: ([127, 0, 0, 1], 15000).into(),
-        headers: BTreeMap::new(),
-        body_bytes: 0,
         timeout: Duration::from_secs(10),
+        ..crate::lab::request(Protocol::Http1, "127.0.0.1:15000", admin)
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::metrics::{Metrics, write};
 use crate::world::Key;
-use crate::world::feed::fence_of;
+use crate::world::feed::{self, fence_of};
 
 /// Our field manager, and the value of [`MANAGED_BY`].
 pub const MANAGER: &str = "fenceline";
@@ -70,6 +70,15 @@ impl Owned for Sidecar {
 impl Owned for EnvoyFilter {
     type Spec = fenceline_crds::istio::EnvoyFilterSpec;
     const KIND: &'static str = "EnvoyFilter";
+
+    fn spec(&self) -> &Self::Spec {
+        &self.spec
+    }
+}
+
+impl Owned for AuthorizationPolicy {
+    type Spec = fenceline_crds::istio::AuthorizationPolicySpec;
+    const KIND: &'static str = "AuthorizationPolicy";
 
     fn spec(&self) -> &Self::Spec {
         &self.spec
@@ -228,7 +237,10 @@ pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) ->
 }
 
 fn is_ours<K: Resource>(have: &K, want: &K) -> bool {
-    fence_of(have).is_some() && fence_of(have) == fence_of(want)
+    match fence_of(want) {
+        Some(fence) => fence_of(have) == Some(fence),
+        None => feed::is_ours(have),
+    }
 }
 
 fn same_spec<K: Owned>(have: &K, want: &K) -> bool {

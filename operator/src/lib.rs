@@ -7,6 +7,7 @@ pub mod admin;
 pub mod apply;
 pub mod args;
 pub mod clock;
+pub mod deputy;
 pub mod fence;
 pub mod leader;
 pub mod metrics;

@@ -17,6 +17,7 @@ use crate::admin;
 use crate::apply::Writer;
 use crate::args::{LogFormat, Run};
 use crate::clock;
+use crate::deputy;
 use crate::fence::{self, Settings, learn::Learner};
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
@@ -167,6 +168,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = wait_until_not(&mut leads) => {}
                 () = fence::run(Arc::clone(&context), fences.clone(), &mut concerned) => {}
                 () = ports::run(world.clone(), writer.clone(), settings.clone()) => {}
+                () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
             }
             metrics.leader.set(0);
             tracing::warn!("this replica no longer acts");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, Response};
-use http_body_util::{BodyExt, Full};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -20,6 +20,7 @@ use tokio::sync::Mutex;
 
 use super::codec::BytesCodec;
 use super::server::{Report, tcp_round_trip};
+use super::shapes::{self, RequestBody, Shape};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Protocol {
@@ -42,12 +43,23 @@ pub struct Call {
     pub headers: BTreeMap<String, String>,
     pub body_bytes: usize,
     pub timeout: Duration,
+    #[serde(default)]
+    pub shape: Shape,
+}
+
+impl Call {
+    /// What a client writes into the Host header.
+    pub(super) fn host(&self) -> &str {
+        let authority = &self.authority;
+        authority.strip_suffix(":80").unwrap_or(authority)
+    }
 }
 
 /// What came of a call.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
-    /// HTTP status, or the gRPC code's HTTP twin: 200 for OK, 503 for UNAVAILABLE, 500 for others. 0: no answer at all.
+    /// HTTP status, or the gRPC code's HTTP twin: 200 for OK, 503 for UNAVAILABLE, 403 for PERMISSION_DENIED, 500 for
+    /// others. 0: no answer at all.
     pub status: u16,
     pub headers: BTreeMap<String, String>,
     pub body: String,
@@ -63,8 +75,8 @@ impl Outcome {
 }
 
 enum Connection {
-    Http1(http1::SendRequest<Full<Bytes>>),
-    Http2(http2::SendRequest<Full<Bytes>>),
+    Http1(http1::SendRequest<RequestBody>),
+    Http2(http2::SendRequest<RequestBody>),
 }
 
 impl Connection {
@@ -81,7 +93,7 @@ impl Connection {
         })
     }
 
-    async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
+    async fn send(&mut self, request: Request<RequestBody>) -> hyper::Result<Response<Incoming>> {
         match self {
             Self::Http1(send) => {
                 send.ready().await?;
@@ -129,6 +141,12 @@ impl Caller {
     }
 
     async fn attempt(&self, call: &Call) -> anyhow::Result<Outcome> {
+        match &call.shape {
+            Shape::Talk(messages) => return shapes::talk(call, *messages).await,
+            Shape::Upgrade(bytes) => return shapes::upgrade(call, *bytes).await,
+            Shape::Raw(parts) => return shapes::raw(call, parts).await,
+            Shape::Whole | Shape::Chunked(_) | Shape::Slow(_) => {}
+        }
         match call.protocol {
             Protocol::Http1 | Protocol::Http2 => self.http(call).await,
             Protocol::Grpc => grpc(call).await,
@@ -156,10 +174,7 @@ impl Caller {
             Some(connection) => connection,
             None => Connection::open(call.protocol, call.connect).await?,
         };
-        let host = call
-            .authority
-            .strip_suffix(":80")
-            .unwrap_or(&call.authority);
+        let host = call.host();
         let mut request = Request::builder().method(call.method.as_str());
         request = if call.protocol == Protocol::Http1 {
             request.uri(&call.path).header("host", host)
@@ -169,7 +184,10 @@ impl Caller {
         for (name, value) in &call.headers {
             request = request.header(name, value);
         }
-        let request = request.body(Full::new(Bytes::from(vec![b'x'; call.body_bytes])))?;
+        if matches!(call.shape, Shape::Slow(_)) {
+            request = request.header("content-length", call.body_bytes);
+        }
+        let request = request.body(shapes::body(call))?;
         let (head, body) = connection.send(request).await?.into_parts();
         let body = body.collect().await?.to_bytes();
         self.idle.lock().await.insert(key, connection);
@@ -182,7 +200,7 @@ impl Caller {
     }
 }
 
-fn texts(headers: &http::HeaderMap) -> BTreeMap<String, String> {
+pub(super) fn texts(headers: &http::HeaderMap) -> BTreeMap<String, String> {
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
     headers
         .iter()
@@ -190,7 +208,9 @@ fn texts(headers: &http::HeaderMap) -> BTreeMap<String, String> {
         .collect()
 }
 
-async fn grpc(call: &Call) -> anyhow::Result<Outcome> {
+pub(super) async fn grpc_client(
+    call: &Call,
+) -> anyhow::Result<tonic::client::Grpc<tonic::transport::Channel>> {
     let origin = format!("http://{}", call.authority).parse()?;
     let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", call.connect))?
         .origin(origin)
@@ -198,38 +218,48 @@ async fn grpc(call: &Call) -> anyhow::Result<Outcome> {
         .await?;
     let mut client = tonic::client::Grpc::new(channel);
     client.ready().await?;
-    let mut request = tonic::Request::new(Bytes::from(vec![b'x'; call.body_bytes]));
+    Ok(client)
+}
+
+pub(super) fn headers_of<T>(call: &Call, request: &mut tonic::Request<T>) -> anyhow::Result<()> {
+    let metadata = request.metadata_mut().as_mut();
     for (name, value) in &call.headers {
         let name: HeaderName = name.parse()?;
-        request
-            .metadata_mut()
-            .as_mut()
-            .insert(name, HeaderValue::from_str(value)?);
+        metadata.insert(name, HeaderValue::from_str(value)?);
     }
+    Ok(())
+}
+
+async fn grpc(call: &Call) -> anyhow::Result<Outcome> {
+    let mut client = grpc_client(call).await?;
+    let mut request = tonic::Request::new(Bytes::from(vec![b'x'; call.body_bytes]));
+    headers_of(call, &mut request)?;
     let path = call.path.parse()?;
-    Ok(
-        match client
-            .unary::<Bytes, Bytes, _>(request, path, BytesCodec)
-            .await
-        {
-            Ok(answer) => Outcome {
-                status: 200,
-                headers: texts(answer.metadata().as_ref()),
-                body: String::from_utf8_lossy(answer.get_ref()).into_owned(),
-                ..Outcome::default()
-            },
-            Err(status) => Outcome {
-                status: if status.code() == tonic::Code::Unavailable {
-                    503
-                } else {
-                    500
-                },
-                headers: texts(status.metadata().as_ref()),
-                error: Some(status.to_string()),
-                ..Outcome::default()
-            },
+    let answer = client
+        .unary::<Bytes, Bytes, _>(request, path, BytesCodec)
+        .await;
+    Ok(grpc_outcome(answer))
+}
+
+pub(super) fn grpc_outcome(answer: Result<tonic::Response<Bytes>, tonic::Status>) -> Outcome {
+    match answer {
+        Ok(answer) => Outcome {
+            status: 200,
+            headers: texts(answer.metadata().as_ref()),
+            body: String::from_utf8_lossy(answer.get_ref()).into_owned(),
+            ..Outcome::default()
         },
-    )
+        Err(status) => Outcome {
+            status: match status.code() {
+                tonic::Code::Unavailable => 503,
+                tonic::Code::PermissionDenied => 403,
+                _ => 500,
+            },
+            headers: texts(status.metadata().as_ref()),
+            error: Some(status.to_string()),
+            ..Outcome::default()
+        },
+    }
 }
 
 /// Serves calls, one JSON line each, on a unix socket until the process ends.

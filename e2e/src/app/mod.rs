@@ -4,6 +4,8 @@
 mod client;
 mod codec;
 mod server;
+mod shapes;
 
 pub use client::{Call, Caller, Outcome, Protocol, ask, serve_control};
 pub use server::{Report, Server};
+pub use shapes::Shape;

@@ -121,9 +121,17 @@ impl Server {
         }
     }
 
-    /// `x-echo-status` chooses the status, `x-echo-location` adds a location.
+    /// `x-echo-status` chooses the status, `x-echo-location` adds a location, `x-echo-delay` waits so many milliseconds
+    /// before it answers. An upgrade is granted: the report, after its length, then an echo.
     async fn plain(self, request: Request<Incoming>) -> Response<Body> {
         let mut report = self.report(&request);
+        if request.headers().contains_key("upgrade") {
+            return upgrade(report, request);
+        }
+        let delay = report.headers.get("x-echo-delay");
+        if let Some(delay) = delay.and_then(|value| value.parse().ok()) {
+            tokio::time::sleep(std::time::Duration::from_millis(delay)).await;
+        }
         report.body_bytes = match request.into_body().collect().await {
             Ok(body) => body.to_bytes().len(),
             Err(_) => return Response::new(Body::empty()),
@@ -158,6 +166,23 @@ impl Server {
             .streaming(echo, request)
             .await
     }
+}
+
+fn upgrade(report: Report, request: Request<Incoming>) -> Response<Body> {
+    tokio::spawn(async move {
+        let mut stream = TokioIo::new(hyper::upgrade::on(request).await?);
+        let report = serde_json::to_vec(&report)?;
+        stream.write_u32(report.len().try_into()?).await?;
+        stream.write_all(&report).await?;
+        let (mut from, mut to) = tokio::io::split(stream);
+        anyhow::Ok(tokio::io::copy(&mut from, &mut to).await?)
+    });
+    Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header("connection", "Upgrade")
+        .header("upgrade", "websocket")
+        .body(Body::empty())
+        .unwrap_or_default()
 }
 
 type Replies =

@@ -66,7 +66,11 @@ pub(super) fn redirect(
     let routes = match first_call.policy {
         FirstCallPolicy::None => return None,
         FirstCallPolicy::Forward => vec![forward(&regex, settings)],
-        FirstCallPolicy::Hold => vec![forward(&regex, settings), ask(&regex, settings)],
+        FirstCallPolicy::Hold => vec![
+            forward(&regex, settings),
+            ask(&regex, settings),
+            forward_unknown_length(&regex, settings),
+        ],
     };
     Some(EnvoyFilterSpec {
         workload_selector: Some(WorkloadSelector {
@@ -118,8 +122,21 @@ fn forward(regex: &str, settings: &Settings) -> Value {
     })
 }
 
-/// What can be sent again: no upgrade, and a body, if any, of a known length within Envoy's buffer, which is 1 MiB. A
-/// request without a length (gRPC, HTTP/2 streams) is told apart at the global proxy.
+/// A body that may never end: the method has one, and nobody says how long it is. (Envoy takes `transfer-encoding` off
+/// before it looks for a route.)
+fn forward_unknown_length(regex: &str, settings: &Settings) -> Value {
+    let mut route = forward(regex, settings);
+    route["name"] = json!("fenceline-forward-unknown-length");
+    if let Some(headers) = route["match"]["headers"].as_array_mut() {
+        headers.push(is_not(":method", "GET|HEAD|OPTIONS|DELETE|TRACE"));
+        headers.push(is_not("content-length", ".+"));
+        headers.push(is_not("content-type", "application/grpc.*"));
+    }
+    route
+}
+
+/// What can be sent again: no upgrade, and a body, if any, of a known length within Envoy's buffer, which is 1 MiB. And
+/// gRPC, of which nobody knows.
 ///
 /// Never `request_headers_to_add` here: Envoy 1.40 keeps a pointer into the route, which an update replaces.
 fn ask(regex: &str, settings: &Settings) -> Value {
@@ -133,7 +150,6 @@ fn ask(regex: &str, settings: &Settings) -> Value {
         authority(regex),
         is_not(MARK, &format!("{PASS}|{FORWARD}")),
         is_not("upgrade", ".+"),
-        is_not("transfer-encoding", ".+"),
         is_not("content-length", "[0-9]{7,}"),
     ]);
     json!({

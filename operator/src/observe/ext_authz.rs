@@ -6,6 +6,7 @@
 //! which the global proxy's own routes redirect it.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,8 +36,6 @@ use crate::world::World;
 pub const ANSWER: &str = "x-fenceline-answer";
 const REPLAY: &str = "replay";
 const REASON: &str = "x-fenceline-reason";
-/// Set by Envoy when it follows a redirect.
-const ORIGINAL_URL: &str = "x-envoy-original-url";
 
 /// Answers the global proxy.
 pub struct ExtAuthz {
@@ -57,8 +56,6 @@ struct Question<'a> {
     port: u16,
     authority: &'a str,
     path: &'a str,
-    method: &'a str,
-    http1: bool,
     headers: &'a HashMap<String, String>,
 }
 
@@ -77,8 +74,6 @@ impl<'a> Question<'a> {
             port,
             authority: &http.host,
             path: &http.path,
-            method: &http.method,
-            http1: !http.protocol.starts_with("HTTP/2"),
             headers: &http.headers,
         })
     }
@@ -90,18 +85,6 @@ impl<'a> Question<'a> {
     fn is_grpc(&self) -> bool {
         self.header("content-type")
             .is_some_and(|kind| kind.starts_with("application/grpc"))
-    }
-
-    /// Whether the whole request is there, so that its proxy can send it again: the global proxy reads a body of known
-    /// length to its end before it asks. Of a gRPC call nobody knows.
-    fn is_whole(&self) -> bool {
-        let streams = if self.http1 {
-            self.header("transfer-encoding").is_some()
-        } else {
-            let bodiless = matches!(self.method, "GET" | "HEAD" | "OPTIONS" | "DELETE" | "TRACE");
-            !bodiless && self.header("content-length").is_none()
-        };
-        self.is_grpc() || !streams
     }
 
     /// The same URL again.
@@ -151,7 +134,6 @@ impl ExtAuthz {
                 Port::Forward
             },
             grpc: question.is_grpc(),
-            whole: question.is_whole(),
         };
         let decision = decide(&world, &self.settings, &asked);
         self.learn(&world, &decision, question.authority, received);
@@ -175,12 +157,15 @@ impl ExtAuthz {
         let now = u64::try_from((self.clock)().as_millisecond()).unwrap_or_default();
         let whole = u64::try_from(hold.hold_for.as_millis()).unwrap_or(u64::MAX);
         let latest = now.saturating_add(whole);
+        // An application may pass a mark on with a call of its own, where it means nothing.
+        let journey = journey(question, hold);
         let mark = question.header(MARK).and_then(Attempt::parse);
-        // What comes back for the first time has no mark: nothing of ours should reach a callee without need.
-        let again = u32::from(question.header(ORIGINAL_URL).is_some());
-        let Attempt { number, until } = mark.unwrap_or(Attempt {
-            number: again,
+        let mark = mark.filter(|mark| mark.journey == journey);
+        let known = mark.or_else(|| self.holder.answered(journey));
+        let Attempt { number, until, .. } = known.unwrap_or(Attempt {
+            number: 0,
             until: latest,
+            journey,
         });
         let until = until.min(latest);
         let rest = Duration::from_millis(until.saturating_sub(now));
@@ -190,8 +175,14 @@ impl ExtAuthz {
                 let next = Attempt {
                     number: number.saturating_add(1),
                     until,
+                    journey,
                 };
-                replay(question, (number > 0).then(|| next.to_string()))
+                if number > 0 {
+                    return replay(question, Some(next.to_string()));
+                }
+                // Most calls come once, and nothing of ours should reach a callee without need.
+                self.holder.remember(next);
+                replay(question, None)
             }
             Ended::TooLate => self.say(question, Port::Ask, (*hold.otherwise).clone(), "too late"),
             Ended::TooMany => self.say(question, Port::Ask, (*hold.otherwise).clone(), "too many"),
@@ -214,9 +205,7 @@ impl ExtAuthz {
                     "forwarded_after_hold"
                 });
                 match port {
-                    Port::Ask if !question.is_grpc() && question.is_whole() => {
-                        redirect(question, Some(FORWARD))
-                    }
+                    Port::Ask if !question.is_grpc() => redirect(question, Some(FORWARD)),
                     _ => allow(None),
                 }
             }
@@ -237,6 +226,14 @@ impl ExtAuthz {
     fn count(&self, what: &'static str) {
         self.metrics.first_calls.get_or_create(&outcome(what)).inc();
     }
+}
+
+/// One call on its way, by this replica's and any other's reckoning.
+fn journey(question: &Question<'_>, hold: &Hold) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let id = question.header("x-request-id");
+    (question.address, id, &hold.host.fqdn, question.path).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Sends the call back to its proxy, marked perhaps.

@@ -27,8 +27,6 @@ pub struct Asked<'a> {
     pub authority: &'a str,
     pub port: Port,
     pub grpc: bool,
-    /// Whether its proxy could send it again: its end has come.
-    pub whole: bool,
 }
 
 /// What becomes of it.
@@ -121,7 +119,7 @@ pub fn decide(world: &World, settings: &Settings, asked: &Asked<'_>) -> Decision
     let host = resolve(world, &caller.namespace, asked.authority);
     let answer = match &host {
         // Only a call that can go back is passed.
-        Err(_) if asked.port == Port::Ask && asked.whole => Answer::Pass,
+        Err(_) if asked.port == Port::Ask => Answer::Pass,
         Err(_) => Answer::Refuse(Refusal::UnknownHost),
         Ok(host) if host.fqdn == settings.global_proxy_host() => {
             Answer::Refuse(Refusal::GlobalProxy)
@@ -164,7 +162,6 @@ fn answer(
         return forward;
     }
     let hold = policy == FirstCallPolicy::Hold
-        && asked.whole
         && !(asked.grpc && grpc == GrpcFirstCall::Auto && forward == Answer::Forward);
     if !hold {
         return forward;
@@ -219,7 +216,7 @@ mod tests {
     const VAULT: &str = "vault.bank";
 
     /// What becomes of a call by the cart: in a word.
-    fn becomes(world: &World, authority: &str, port: Port, grpc: bool, whole: bool) -> String {
+    fn becomes(world: &World, authority: &str, port: Port, grpc: bool) -> String {
         let caller = Identity::parse("spiffe://cluster.local/ns/shop/sa/cart").unwrap();
         let asked = Asked {
             caller: &caller,
@@ -227,7 +224,6 @@ mod tests {
             authority,
             port,
             grpc,
-            whole,
         };
         say(&decide(world, &settings(), &asked).answer)
     }
@@ -244,65 +240,43 @@ mod tests {
     #[test]
     fn every_kind_of_call() {
         use Port::{Ask, Forward};
-        for (first_call, authority, port, grpc, whole, want) in [
-            ("{}", OPEN, Ask, false, true, "hold, forward"),
-            (
-                "{otherwise: Refuse}",
-                OPEN,
-                Ask,
-                false,
-                true,
-                "hold, NotInScope",
-            ),
-            ("{}", VAULT, Ask, false, true, "hold, ProtectedHost"),
-            ("{}", OPEN, Ask, false, false, "forward"),
-            ("{}", VAULT, Ask, false, false, "ProtectedHost"),
-            ("{}", OPEN, Ask, true, true, "forward"),
-            ("{grpc: Hold}", OPEN, Ask, true, true, "hold, forward"),
-            ("{}", VAULT, Ask, true, true, "hold, ProtectedHost"),
-            ("{}", OPEN, Forward, false, true, "forward"),
-            ("{}", VAULT, Forward, false, true, "ProtectedHost"),
-            ("{}", VAULT, Forward, true, true, "ProtectedHost"),
-            ("{policy: Forward}", OPEN, Ask, false, true, "forward"),
-            (
-                "{policy: Forward}",
-                VAULT,
-                Ask,
-                false,
-                true,
-                "ProtectedHost",
-            ),
-            ("{}", "nothing", Ask, false, true, "pass"),
-            ("{}", "nothing", Ask, false, false, "UnknownHost"),
-            ("{}", "nothing", Forward, false, true, "UnknownHost"),
-            ("{}", "hidden.bank", Ask, true, true, "pass"),
-            ("{}", "hidden.bank", Forward, false, true, "UnknownHost"),
+        for (first_call, authority, port, grpc, want) in [
+            ("{}", OPEN, Ask, false, "hold, forward"),
+            ("{otherwise: Refuse}", OPEN, Ask, false, "hold, NotInScope"),
+            ("{}", VAULT, Ask, false, "hold, ProtectedHost"),
+            ("{}", OPEN, Ask, true, "forward"),
+            ("{grpc: Hold}", OPEN, Ask, true, "hold, forward"),
+            ("{}", VAULT, Ask, true, "hold, ProtectedHost"),
+            ("{}", OPEN, Forward, false, "forward"),
+            ("{}", VAULT, Forward, false, "ProtectedHost"),
+            ("{}", VAULT, Forward, true, "ProtectedHost"),
+            ("{policy: Forward}", OPEN, Ask, false, "forward"),
+            ("{policy: Forward}", VAULT, Ask, false, "ProtectedHost"),
+            ("{}", "nothing", Ask, false, "pass"),
+            ("{}", "nothing", Forward, false, "UnknownHost"),
+            ("{}", "hidden.bank", Ask, true, "pass"),
+            ("{}", "hidden.bank", Forward, false, "UnknownHost"),
             (
                 "{}",
                 "VAULT.bank.svc.cluster.local.:80",
                 Forward,
                 false,
-                true,
                 "ProtectedHost",
             ),
-            ("{}", "10.96.0.5:80", Forward, false, true, "forward"),
-            ("{}", "db.bank", Forward, false, true, "HeadlessHost"),
-            ("{}", "db-0.db.bank", Ask, false, true, "hold, HeadlessHost"),
+            ("{}", "10.96.0.5:80", Forward, false, "forward"),
+            ("{}", "db.bank", Forward, false, "HeadlessHost"),
+            ("{}", "db-0.db.bank", Ask, false, "hold, HeadlessHost"),
             (
                 "{}",
                 "global-proxy.fenceline-system",
                 Forward,
                 false,
-                true,
                 "GlobalProxy",
             ),
         ] {
             let mesh = mesh(first_call);
-            let is = becomes(&mesh, authority, port, grpc, whole);
-            assert_eq!(
-                is, want,
-                "{first_call} {authority} {port:?} grpc={grpc} whole={whole}"
-            );
+            let is = becomes(&mesh, authority, port, grpc);
+            assert_eq!(is, want, "{first_call} {authority} {port:?} grpc={grpc}");
         }
     }
 
@@ -317,7 +291,6 @@ mod tests {
                 authority: OPEN,
                 port: Port::Ask,
                 grpc: false,
-                whole: true,
             };
             decide(&mesh, &settings(), &asked).fences
         };

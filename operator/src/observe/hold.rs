@@ -1,43 +1,42 @@
 //! Holding a first call until its host is in the caller's scope.
 //!
-//! When to answer: no fixed sleep, and nobody to ask. istiod knows what it sent, not what the caller's Envoy routes by; the
-//! replay itself is the one true test. So a call waits until the Sidecar with its host is stored, then as long as such
-//! changes lately took to arrive, and goes back. If that was too early it returns, a few milliseconds later, and we are
-//! more patient with the next. How long changes take is learnt from that: up when a call returns, down when it does not.
+//! When to answer: no fixed sleep. A call waits until the Sidecar with its host is stored, and then until the caller's own
+//! proxy says that a cluster was added and that none waits for its endpoints ([`super::proxy`]); then it goes back. Whether the
+//! routes are there too is told by the replay itself: if it was early it returns, and waits again. Where a proxy
+//! cannot be asked, time must do.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fenceline_crds::FirstCall;
 use tokio::sync::watch;
 
 use super::first_call::Hold;
+use super::proxy::{Clusters, Eyes, Seen};
 use crate::fence::plan::object_name;
 use crate::fence::redirect::REDIRECTS;
 use crate::metrics::Metrics;
-use crate::world::{Host, Key, World};
+use crate::world::{Key, World};
 
-/// istiod's own debounce: what to expect before anything was seen.
-const EXPECTED: Duration = Duration::from_millis(100);
-const LEAST: Duration = Duration::from_millis(5);
-const MOST: Duration = Duration::from_secs(2);
-/// Of three calls, one may return too early: that costs it some milliseconds, and patience costs all of them.
-const EARLIER: Duration = Duration::from_millis(2);
-const LATER: Duration = Duration::from_millis(4);
-/// A call that returned is sent back after a fourth of the time it has waited, so that any delay takes few attempts.
-const AGAIN: Duration = Duration::from_millis(8);
-/// When a host came into scope is remembered this long.
-const REMEMBERED: Duration = Duration::from_secs(30);
+/// How often a proxy is looked at.
+const LOOK: Duration = Duration::from_millis(5);
+/// How long a stored Sidecar takes to be in force, where nobody can tell: istiod's debounce of 100 ms, and some.
+const SETTLE: Duration = Duration::from_millis(250);
+/// A call that returned goes back at once when its proxy adds a cluster, and otherwise after a fourth of the time that
+/// it has waited, so that any delay takes few attempts.
+const AGAIN: Duration = Duration::from_millis(20);
+/// Calls that were sent back and may return; more are taken for new ones if they do.
+const REMEMBERED_CALLS: usize = 4096;
 
 /// Holds calls, within bounds.
 pub struct Holder {
     world: watch::Receiver<Arc<World>>,
     metrics: Arc<Metrics>,
     limits: Limits,
+    eyes: Eyes,
     held: Mutex<Held>,
-    expected_us: AtomicU64,
 }
 
 /// How many calls may be held at any moment.
@@ -49,10 +48,11 @@ pub struct Limits {
 
 #[derive(Default)]
 struct Held {
-    callers: HashMap<IpAddr, usize>,
+    /// How many calls of each caller, and what they know of its proxy.
+    callers: HashMap<IpAddr, (usize, Arc<Seen>)>,
     in_all: usize,
-    /// When Sidecars with these hosts were first seen.
-    in_scope: HashMap<(Key, Host), Instant>,
+    /// Calls that were sent back unmarked, and when.
+    answered: HashMap<u64, (Attempt, Instant)>,
 }
 
 /// How holding ended.
@@ -70,20 +70,31 @@ pub struct Attempt {
     pub number: u32,
     /// Milliseconds since 1970.
     pub until: u64,
+    /// Which call it is.
+    pub journey: u64,
 }
 
 impl Attempt {
     /// As the header `x-fenceline` carries it.
     pub fn parse(text: &str) -> Option<Self> {
-        let (number, until) = text.strip_prefix("again-")?.split_once('-')?;
-        let (number, until) = (number.parse().ok()?, until.parse().ok()?);
-        Some(Self { number, until })
+        let mut parts = text.strip_prefix("again-")?.split('-');
+        let attempt = Self {
+            number: parts.next()?.parse().ok()?,
+            until: parts.next()?.parse().ok()?,
+            journey: u64::from_str_radix(parts.next()?, 16).ok()?,
+        };
+        parts.next().is_none().then_some(attempt)
     }
 }
 
 impl std::fmt::Display for Attempt {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "again-{}-{}", self.number, self.until)
+        let Self {
+            number,
+            until,
+            journey,
+        } = self;
+        write!(f, "again-{number}-{until}-{journey:016x}")
     }
 }
 
@@ -93,8 +104,8 @@ impl Holder {
             world,
             metrics,
             limits,
+            eyes: Eyes::default(),
             held: Mutex::default(),
-            expected_us: AtomicU64::new(micros(EXPECTED)),
         }
     }
 
@@ -102,91 +113,59 @@ impl Holder {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A call was sent back unmarked; it may return.
+    pub fn remember(&self, next: Attempt) {
+        let answered = &mut self.lock().answered;
+        if answered.len() >= REMEMBERED_CALLS {
+            answered.retain(|_, (_, since)| since.elapsed() < FirstCall::LONGEST);
+        }
+        if answered.len() < REMEMBERED_CALLS {
+            answered.insert(next.journey, (next, Instant::now()));
+        }
+    }
+
+    /// Where a call stands that has returned unmarked.
+    pub fn answered(&self, journey: u64) -> Option<Attempt> {
+        let (attempt, since) = self.lock().answered.remove(&journey)?;
+        (since.elapsed() < FirstCall::LONGEST).then_some(attempt)
+    }
+
     /// Holds a call for at most `rest`. `attempt` counts how often it was sent back before.
     pub async fn hold(&self, caller: IpAddr, hold: &Hold, attempt: u32, rest: Duration) -> Ended {
-        let Some(_place) = self.take_place(caller) else {
+        let Some(place) = self.take_place(caller) else {
             return Ended::TooMany;
         };
-        if attempt == 1 {
-            self.expect(LATER, true);
-        }
         // The last answer is a redirect as well.
         if attempt + 2 > REDIRECTS {
             return Ended::TooLate;
         }
         let started = Instant::now();
+        let patience = match attempt {
+            0 => SETTLE,
+            _ => AGAIN.max(hold.hold_for.saturating_sub(rest) / 4),
+        };
         let ready = async {
-            let since = self.until_stored(hold).await;
-            tokio::time::sleep(self.patience(hold, attempt, rest, since)).await;
+            let before = place.look().await;
+            self.until_stored(hold).await;
+            place.until_arrived(before, patience).await;
         };
         match tokio::time::timeout(rest, ready).await {
             Ok(()) => {
-                if attempt == 0 {
-                    self.expect(EARLIER, false);
-                }
-                self.metrics
-                    .held_for
-                    .observe(started.elapsed().as_secs_f64());
+                let took = started.elapsed().as_secs_f64();
+                self.metrics.held_for.observe(took);
                 Ended::InScope
             }
             Err(_) => Ended::TooLate,
         }
     }
 
-    /// Waits until every fence's Sidecar has the host. Returns when that was first seen, if it was seen to happen.
-    async fn until_stored(&self, hold: &Hold) -> Option<Instant> {
+    async fn until_stored(&self, hold: &Hold) {
         let mut world = self.world.clone();
-        let mut waited = false;
         while !in_scope(&world.borrow_and_update(), hold) {
-            waited = true;
             if world.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         }
-        let fence = hold.fences.first()?;
-        let mut held = self.lock();
-        let Held { in_scope, .. } = &mut *held;
-        let key = (fence.clone(), hold.host.clone());
-        if waited {
-            in_scope.retain(|_, since| since.elapsed() < REMEMBERED);
-            in_scope.entry(key).or_insert_with(Instant::now);
-            return in_scope.get(&(fence.clone(), hold.host.clone())).copied();
-        }
-        in_scope.get(&key).copied()
-    }
-
-    /// How much longer a call waits whose host is in a stored Sidecar.
-    fn patience(
-        &self,
-        hold: &Hold,
-        attempt: u32,
-        rest: Duration,
-        since: Option<Instant>,
-    ) -> Duration {
-        let expected = Duration::from_micros(self.expected_us.load(Ordering::Relaxed));
-        match (attempt, since) {
-            (0, Some(since)) => expected.saturating_sub(since.elapsed()),
-            // Nothing to be stored, or it was stored before we looked: the replay tells.
-            (0, None) if !hold.fences.is_empty() => Duration::ZERO,
-            (0, None) => expected,
-            _ => AGAIN.max(hold.hold_for.saturating_sub(rest) / 4),
-        }
-    }
-
-    fn expect(&self, step: Duration, later: bool) {
-        let step = micros(step);
-        let adjust = |expected: u64| {
-            let next = if later {
-                expected.saturating_add(step)
-            } else {
-                expected.saturating_sub(step)
-            };
-            Some(next.clamp(micros(LEAST), micros(MOST)))
-        };
-        // The closure never declines.
-        let _ = self
-            .expected_us
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, adjust);
     }
 
     fn take_place(&self, caller: IpAddr) -> Option<Place<'_>> {
@@ -194,16 +173,18 @@ impl Holder {
         let Held {
             callers, in_all, ..
         } = &mut *held;
-        let of_caller = callers.get(&caller).copied().unwrap_or_default();
+        let of_caller = callers.get(&caller).map_or(0, |(count, _)| *count);
         if of_caller >= self.limits.per_caller || *in_all >= self.limits.in_all {
             return None;
         }
-        callers.insert(caller, of_caller + 1);
+        let (count, seen) = callers.entry(caller).or_default();
+        *count += 1;
         *in_all += 1;
         self.metrics.held.inc();
         Some(Place {
             holder: self,
             caller,
+            seen: Arc::clone(seen),
         })
     }
 }
@@ -212,15 +193,40 @@ impl Holder {
 struct Place<'a> {
     holder: &'a Holder,
     caller: IpAddr,
+    seen: Arc<Seen>,
+}
+
+impl Place<'_> {
+    async fn look(&self) -> Option<Clusters> {
+        self.holder.eyes.look(self.caller, &self.seen).await
+    }
+
+    /// Waits until the caller's proxy has more clusters than `before`, or `patience` is over; and none that warms.
+    async fn until_arrived(&self, before: Option<Clusters>, patience: Duration) {
+        let since = Instant::now();
+        loop {
+            let patient = since.elapsed() < patience;
+            match (before, self.look().await) {
+                (Some(before), Some(now)) => {
+                    if now.warming == 0 && (now.added > before.added || !patient) {
+                        return;
+                    }
+                }
+                _ if patient => {}
+                _ => return,
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut held = self.holder.lock();
         held.in_all -= 1;
-        if let Some(of_caller) = held.callers.get_mut(&self.caller) {
-            *of_caller -= 1;
-            if *of_caller == 0 {
+        if let Some((count, _)) = held.callers.get_mut(&self.caller) {
+            *count -= 1;
+            if *count == 0 {
                 held.callers.remove(&self.caller);
             }
         }
@@ -245,10 +251,6 @@ fn in_scope(world: &World, hold: &Hold) -> bool {
     })
 }
 
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,6 +260,7 @@ mod tests {
         let attempt = Attempt {
             number: 3,
             until: 1_800_000_000_123,
+            journey: 0xfeed,
         };
         assert_eq!(Attempt::parse(&attempt.to_string()), Some(attempt));
         for junk in [
@@ -266,6 +269,8 @@ mod tests {
             "again-",
             "again-x-1",
             "again-1",
+            "again-1-2",
+            "again-1-2-3-4",
             "again--1-1",
             "pass",
         ] {
@@ -297,18 +302,15 @@ mod tests {
     }
 
     #[test]
-    fn patience_follows_what_happens_and_has_its_bounds() {
+    fn a_call_that_returns_is_known_once() {
         let holder = holder(1, 1);
-        let expected = || Duration::from_micros(holder.expected_us.load(Ordering::Relaxed));
-        holder.expect(LATER, true);
-        assert_eq!(expected(), EXPECTED + LATER);
-        for _ in 0..1000 {
-            holder.expect(EARLIER, false);
-        }
-        assert_eq!(expected(), LEAST);
-        for _ in 0..1000 {
-            holder.expect(LATER, true);
-        }
-        assert_eq!(expected(), MOST);
+        let attempt = Attempt {
+            number: 1,
+            until: 9,
+            journey: 7,
+        };
+        holder.remember(attempt);
+        assert_eq!(holder.answered(7), Some(attempt));
+        assert_eq!(holder.answered(7), None);
     }
 }

@@ -6,4 +6,5 @@ pub mod first_call;
 pub mod hold;
 pub mod identity;
 pub mod peer;
+pub mod proxy;
 pub mod resolve;

@@ -38,6 +38,8 @@ enum Change {
     /// A policy, and whether Fenceline wrote it.
     Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
     Pod(Key, Option<PodFacts>),
+    /// A policy that was taken away is no longer in force anywhere.
+    Retired(Key),
     /// How many endpoints of the global proxy are ready, by slice.
     GlobalProxy(Key, Option<usize>),
     Sidecar(Key, Option<Box<Sidecar>>),
@@ -46,6 +48,9 @@ enum Change {
     /// A watch has delivered all there is.
     Synced(&'static str),
 }
+
+/// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
+const RETIREMENT: std::time::Duration = std::time::Duration::from_secs(15);
 
 /// Which fences a change concerns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -122,11 +127,13 @@ pub fn start(
     });
     let namespace = global_proxy.namespace.clone();
     watches.watch(&all, move |key, object: Option<AuthorizationPolicy>| {
-        // Those that we write protect nobody but us from being used.
-        let facts = object.as_ref().map(PolicyFacts::of);
-        let ours = object.filter(|_| key.namespace == namespace).map(Box::new);
-        let ours = ours.filter(|object| is_ours(object.as_ref()));
-        Change::Policy(key, facts, ours)
+        // Those that we write follow from the others.
+        match object {
+            Some(object) if key.namespace == namespace && is_ours(&object) => {
+                Change::Policy(key, None, Some(Box::new(object)))
+            }
+            object => Change::Policy(key, object.as_ref().map(PolicyFacts::of), None),
+        }
     });
     watches.watch(&all, |key, object: Option<Pod>| {
         Change::Pod(key, object.map(|object| pod_facts(&object)))
@@ -155,6 +162,8 @@ pub fn start(
         sync,
         writer,
         waiting: KINDS.into(),
+        changes: watches.changes,
+        retired: 0,
     };
     tokio::spawn(task.run(inbox, Arc::clone(metrics)));
     Feed {
@@ -327,6 +336,9 @@ struct WorldTask {
     sync: watch::Sender<bool>,
     writer: reflector::store::Writer<ServiceFence>,
     waiting: BTreeSet<&'static str>,
+    changes: mpsc::Sender<Change>,
+    /// How many policies were taken away so far.
+    retired: u64,
 }
 
 impl WorldTask {
@@ -378,10 +390,18 @@ impl WorldTask {
                         facts.filter(|facts| !facts.callers.is_empty()).cloned()
                     };
                     concerned.all |= named(old) != named(facts.as_ref());
+                    if let Some(old) = old.filter(|old| old.by_source) {
+                        let old = PolicyFacts {
+                            callers: BTreeSet::new(),
+                            ..old.clone()
+                        };
+                        self.retire(&key, old);
+                    }
                     set(&mut self.world.policies, key.clone(), facts.map(Box::new));
                 }
                 set(&mut self.world.own_policies, key, ours);
             }
+            Change::Retired(key) => drop(self.world.policies.remove(&key)),
             Change::GlobalProxy(key, ready) => {
                 let slices = &mut self.world.global_proxy;
                 match ready {
@@ -447,6 +467,22 @@ impl WorldTask {
                 self.waiting.remove(kind);
             }
         }
+    }
+
+    /// Keeps what a policy said for as long as some proxy may still go by it: a host that asks who is calling must not
+    /// be called under another identity while it does.
+    fn retire(&mut self, key: &Key, old: PolicyFacts) {
+        self.retired += 1;
+        // No object can have this name.
+        let name = format!("{}#{}", key.name, self.retired);
+        let key = Key::new(&*key.namespace, name);
+        self.world.policies.insert(key.clone(), Arc::new(old));
+        let changes = self.changes.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(RETIREMENT).await;
+            // The world's task ends with the process.
+            let _ = changes.send(Change::Retired(key)).await;
+        });
     }
 
     fn namespace(

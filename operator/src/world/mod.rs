@@ -68,6 +68,8 @@ pub struct World {
     pub fences: OrdMap<Key, Arc<ServiceFence>>,
     pod_of_address: SharedMap<IpAddr, Key>,
     service_of_address: SharedMap<IpAddr, Key>,
+    /// The VirtualServices of each host.
+    routes: OrdMap<String, BTreeSet<Key>>,
     /// How many addresses of Services begin so.
     service_ranges: OrdMap<[u8; 2], usize>,
     /// Worked out when first asked for, for the hosts as they are now.
@@ -91,6 +93,7 @@ impl World {
             fences: OrdMap::new(),
             pod_of_address: SharedMap::new(),
             service_of_address: SharedMap::new(),
+            routes: OrdMap::new(),
             service_ranges: OrdMap::new(),
             views: Views::default(),
         }
@@ -119,6 +122,16 @@ impl World {
 
     pub fn set_virtual_service(&mut self, key: &Key, hosts: Option<NamedHosts>) {
         self.views = Views::default();
+        let old = self.virtual_services.get(key).cloned();
+        for host in old.iter().flat_map(|hosts| &hosts.hosts) {
+            if let Some(keys) = self.routes.get_mut(host) {
+                keys.remove(key);
+            }
+        }
+        for host in hosts.iter().flat_map(|hosts| &hosts.hosts) {
+            let keys = self.routes.entry(host.clone()).or_default();
+            keys.insert(key.clone());
+        }
         set(&mut self.virtual_services, key, hosts);
     }
 

@@ -18,6 +18,8 @@ pub struct PolicyFacts {
     pub services: Option<BTreeSet<String>>,
     /// Whether its answer depends on who calls, or from where.
     pub by_source: bool,
+    /// Whether it is part of Fenceline's installation.
+    pub own: bool,
     /// Whom it lets call, by name.
     pub callers: BTreeSet<Caller>,
 }
@@ -47,6 +49,12 @@ impl PolicyFacts {
                 "CUSTOM" => true,
                 _ => spec.rules.iter().any(asks_for_source),
             },
+            own: policy
+                .metadata
+                .labels
+                .as_ref()
+                .and_then(|labels| labels.get("app.kubernetes.io/part-of"))
+                .is_some_and(|whole| whole == "fenceline"),
             callers: if action == "ALLOW" {
                 let sources = spec.rules.iter().flat_map(|rule| &rule.from);
                 sources
@@ -194,26 +202,23 @@ impl World {
                 .map(|(name, _)| name.clone());
         }
         let named = |hosts: &super::NamedHosts| hosts.hosts.contains(host);
-        let only_routed = service.is_none()
-            && self.virtual_services.values().any(|hosts| named(hosts))
-            && !self.service_entries.values().any(|hosts| named(hosts));
+        let routed = self.routes.get(host).is_some_and(|keys| !keys.is_empty());
+        let only_routed =
+            service.is_none() && routed && !self.service_entries.values().any(|hosts| named(hosts));
         if only_routed {
             return None;
         }
         self.policies
             .iter()
-            .find(|(_, policy)| policy.by_source)
+            .find(|(_, policy)| policy.by_source && !policy.own)
             .map(|(name, _)| name.clone())
     }
 
     /// Where VirtualServices of the name `host` lead to, through their delegates.
     fn routed_to(&self, host: &str) -> BTreeSet<String> {
         let mut destinations = BTreeSet::new();
-        let of_host = self
-            .virtual_services
-            .values()
-            .filter(|hosts| hosts.hosts.contains(host));
-        for hosts in of_host {
+        let of_host = self.routes.get(host).into_iter().flatten();
+        for hosts in of_host.filter_map(|key| self.virtual_services.get(key)) {
             destinations.extend(hosts.destinations.iter().cloned());
             for delegate in &hosts.delegates {
                 if let Some(delegate) = self.virtual_services.get(delegate) {
