@@ -131,7 +131,8 @@ fn a_replica_that_does_not_lead_learns_too() {
             Duration::from_secs(10),
             "the follower stores what it saw",
             async || {
-                lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
+                // Nobody writes the Sidecar, so it cannot be held.
+                lab.forwarded_call(CLIENT, Protocol::Http1, "reviews:9080")
                     .await?;
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 anyhow::ensure!(learnt(lab).await?);
@@ -224,11 +225,11 @@ fn istiod_away_and_back() {
         shop(lab).await?;
         let istiod = lab.control_plane.istiod.as_mut();
         istiod.expect("istiod runs").kill().await?;
-        // Calls work and are learnt; only the proxies do not hear of it yet.
-        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
+        // Calls work and are learnt; only the proxies do not hear of it yet, so they are held in vain.
+        lab.forwarded_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.until_in_scope(CLIENT, REVIEWS).await?;
-        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
+        lab.forwarded_call(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
         lab.control_plane.start_istiod(MESH_CONFIG).await?;
         lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")

@@ -143,6 +143,7 @@ impl Caller {
     async fn attempt(&self, call: &Call) -> anyhow::Result<Outcome> {
         match &call.shape {
             Shape::Talk(messages) => return shapes::talk(call, *messages).await,
+            Shape::Tell(messages) => return shapes::tell(call, *messages).await,
             Shape::Upgrade(bytes) => return shapes::upgrade(call, *bytes).await,
             Shape::Raw(parts) => return shapes::raw(call, parts).await,
             Shape::Whole | Shape::Chunked(_) | Shape::Slow(_) => {}

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
+use futures::StreamExt as _;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -14,7 +15,6 @@ use hyper_util::server::conn::auto;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
-use tokio_stream::StreamExt;
 use tonic::body::Body;
 
 use super::codec::BytesCodec;
@@ -27,6 +27,7 @@ pub struct Report {
     pub protocol: String,
     pub method: String,
     pub host: String,
+    /// With the query.
     pub path: String,
     pub headers: BTreeMap<String, String>,
     pub body_bytes: usize,
@@ -106,7 +107,11 @@ impl Server {
             protocol: format!("{:?}", request.version()),
             method: request.method().to_string(),
             host: host.or(authority).unwrap_or_default().to_owned(),
-            path: request.uri().path().to_owned(),
+            path: request
+                .uri()
+                .path_and_query()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
             headers: request
                 .headers()
                 .iter()
@@ -152,10 +157,13 @@ impl Server {
             .unwrap_or_default()
     }
 
-    /// Answers each message of the stream with a report; a unary call is a stream of one.
+    /// Answers each message of the stream with a report; a unary call is a stream of one. `x-echo-times` has each answered
+    /// so often.
     async fn grpc(self, request: Request<Incoming>) -> Response<Body> {
         let report = self.report(&request);
-        let echo = tower_echo(move |message: Bytes| {
+        let times = report.headers.get("x-echo-times");
+        let times = times.and_then(|times| times.parse().ok()).unwrap_or(1);
+        let echo = tower_echo(times, move |message: Bytes| {
             let seen = Report {
                 body_bytes: message.len(),
                 ..report.clone()
@@ -189,10 +197,10 @@ type Replies =
     std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<Bytes, tonic::Status>> + Send>>;
 
 #[derive(Clone)]
-struct Echo<F>(F);
+struct Echo<F>(usize, F);
 
-fn tower_echo<F: Fn(Bytes) -> Bytes + Clone + Send + 'static>(reply: F) -> Echo<F> {
-    Echo(reply)
+fn tower_echo<F: Fn(Bytes) -> Bytes + Clone + Send + 'static>(times: usize, reply: F) -> Echo<F> {
+    Echo(times, reply)
 }
 
 impl<F> tonic::server::StreamingService<Bytes> for Echo<F>
@@ -204,8 +212,9 @@ where
     type Future = std::future::Ready<Result<tonic::Response<Replies>, tonic::Status>>;
 
     fn call(&mut self, request: tonic::Request<tonic::Streaming<Bytes>>) -> Self::Future {
-        let reply = self.0.clone();
+        let Self(times, reply) = self.clone();
         let replies = request.into_inner().map(move |message| message.map(&reply));
+        let replies = replies.flat_map(move |reply| futures::stream::iter(vec![reply; times]));
         std::future::ready(Ok(tonic::Response::new(Box::pin(replies))))
     }
 }

@@ -34,6 +34,8 @@ pub enum Shape {
     /// A gRPC stream of that many messages; each is sent once the one before it was answered. Its body is the first
     /// answer.
     Talk(usize),
+    /// A gRPC stream of that many messages, all at once; its body is the first answer.
+    Tell(usize),
     /// A WebSocket's upgrade, then that many bytes, which come back.
     Upgrade(usize),
     /// These bytes, each part once something came back for the one before; the answer is everything until the end.
@@ -93,6 +95,31 @@ pub(super) async fn talk(call: &Call, messages: usize) -> anyhow::Result<Outcome
     drop(send);
     ensure!(answers.next().await.is_none(), "more answers than messages");
     let first = first.context("no messages")?;
+    Ok(grpc_outcome(Ok(tonic::Response::new(first))))
+}
+
+/// A stream of messages that waits for nothing; at least as many answers must come.
+pub(super) async fn tell(call: &Call, messages: usize) -> anyhow::Result<Outcome> {
+    let mut client = grpc_client(call).await?;
+    let message = Bytes::from(vec![b'x'; call.body_bytes]);
+    let mut request = tonic::Request::new(futures::stream::iter(vec![message; messages]));
+    headers_of(call, &mut request)?;
+    let path = call.path.parse()?;
+    let answers = match client.streaming(request, path, BytesCodec).await {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => return Ok(grpc_outcome(Err(status))),
+    };
+    let answers: Vec<Result<Bytes, tonic::Status>> = answers.collect().await;
+    let answers: Result<Vec<Bytes>, tonic::Status> = answers.into_iter().collect();
+    let answers = match answers {
+        Ok(answers) => answers,
+        Err(status) => return Ok(grpc_outcome(Err(status))),
+    };
+    let times = call.headers.get("x-echo-times");
+    let times: usize = times.map_or(Ok(1), |times| times.parse())?;
+    let want = messages * times;
+    ensure!(answers.len() == want, "{} answers of {want}", answers.len());
+    let first = answers.into_iter().next().context("no messages")?;
     Ok(grpc_outcome(Ok(tonic::Response::new(first))))
 }
 
