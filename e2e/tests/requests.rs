@@ -28,8 +28,11 @@ async fn shop(lab: &mut Lab) -> anyhow::Result<()> {
     lab.apply(&services).await?;
     lab.pod(PodSpec::new("shop", "server").http(80).http(90))
         .await?;
+    let last = format!("s{}", SERVICES - 1);
+    lab.until_direct(CLIENT, Protocol::Http1, &format!("{last}:80"))
+        .await?;
     lab.fence(CLIENT, "{}").await?;
-    let last = format!("s{}.shop.svc.cluster.local", SERVICES - 1);
+    let last = format!("{last}.shop.svc.cluster.local");
     lab.until_reason(CLIENT, "Enforced").await?;
     lab.until_forgotten(CLIENT, &last).await
 }
@@ -172,7 +175,7 @@ async fn raw(
     let mut call = fresh.call(Protocol::Http1).await?;
     call.shape = Shape::Raw(parts(call.authority.trim_end_matches(":80")));
     let outcome = lab.call(CLIENT, &call).await?;
-    anyhow::ensure!(outcome.error.is_none(), "{outcome:?}");
+    anyhow::ensure!(outcome.error.is_none(), "{call:?}: {outcome:?}");
     Ok(outcome.body)
 }
 

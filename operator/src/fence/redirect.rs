@@ -150,6 +150,8 @@ fn ask(regex: &str, settings: &Settings) -> Value {
         authority(regex),
         is_not(MARK, &format!("{PASS}|{FORWARD}")),
         is_not("upgrade", ".+"),
+        // Its body comes once the application asks for it: Istio leaves that to the application.
+        is_not("expect", ".+"),
         is_not("content-length", "[0-9]{7,}"),
     ]);
     json!({
