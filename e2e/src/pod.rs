@@ -307,6 +307,15 @@ impl Pod {
         Ok(())
     }
 
+    /// Kills the proxy, and the agent that would start it again.
+    ///
+    /// # Errors
+    /// Fails when there is none.
+    pub async fn kill_sidecar(&mut self) -> anyhow::Result<()> {
+        let sidecar = self.sidecar.as_mut().context("a sidecar")?;
+        sidecar.kill().await
+    }
+
     /// Starts the application, or starts it again.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::install::{OPERATOR, SYSTEM};
+use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
 use fenceline_e2e::lab::{MESH_CONFIG, request};
 use fenceline_e2e::wait::throughout;
 use fenceline_e2e::{Lab, PATIENCE, Signal, wait::eventually};
@@ -239,5 +239,57 @@ fn istiod_away_and_back() {
         lab.until_direct(CLIENT, Protocol::Http1, "ratings:9080")
             .await
             .map(drop)
+    });
+}
+
+#[test]
+fn the_global_proxy_killed_gone_and_back() {
+    fenceline_e2e::test(async |lab| {
+        shop(lab).await?;
+        lab.start_global_proxy("global-proxy-1").await?;
+        eventually(PATIENCE, "the client knows both", async || {
+            let clusters = lab.running("shop", "client")?.envoy("/clusters").await?;
+            let ip = lab.running(SYSTEM, "global-proxy-1")?.ip;
+            anyhow::ensure!(clusters.contains(&format!("::{ip}:15080::cx_total")));
+            Ok(())
+        })
+        .await?;
+        // One of two dies without a word: its callers ask the other.
+        lab.running_mut(SYSTEM, GLOBAL_PROXY)?
+            .kill_sidecar()
+            .await?;
+        // Each name is a first call again, and half of them would go to the one that is gone.
+        let reviews = (lab.running("shop", "reviews")?.ip, 9080).into();
+        for number in 0..6 {
+            let call = request(Protocol::Http1, &format!("nobody-{number}:9080"), reviews);
+            let report = lab.call(CLIENT, &call).await?.report()?;
+            anyhow::ensure!(report.pod == "reviews", "{report:?}");
+        }
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        lab.delete_pod(SYSTEM, GLOBAL_PROXY).await?;
+
+        // None is left: calls in scope go on, first calls fail, and everything says so.
+        lab.delete_pod(SYSTEM, "global-proxy-1").await?;
+        let gone = lab.until_reason(CLIENT, "GlobalProxyGone").await?;
+        anyhow::ensure!(gone.contains("no ready endpoints"), "{gone}");
+        let metric = "fenceline_global_proxy_endpoints";
+        anyhow::ensure!(lab.metric(OPERATOR, metric, "").await? < 0.5);
+        let outcome = lab.get(CLIENT, Protocol::Http1, "ratings:9080").await?;
+        anyhow::ensure!(outcome.status == 503, "{outcome:?}");
+        lab.held_call(CLIENT, Protocol::Http1, "reviews:9080")
+            .await?;
+        let events = ["get", "events", "-n", SYSTEM, "-o", "wide"];
+        let events = lab.kubectl(&events).await?;
+        anyhow::ensure!(events.contains("GlobalProxyGone"), "{events}");
+
+        lab.start_global_proxy(GLOBAL_PROXY).await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
+        eventually(PATIENCE, "first calls are held again", async || {
+            lab.held_call(CLIENT, Protocol::Http1, "ratings:9080")
+                .await
+                .map(drop)
+        })
+        .await
     });
 }

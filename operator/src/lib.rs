@@ -9,6 +9,7 @@ pub mod args;
 pub mod clock;
 pub mod deputy;
 pub mod fence;
+pub mod global_proxy;
 pub mod leader;
 pub mod metrics;
 pub mod observe;

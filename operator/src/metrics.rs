@@ -52,6 +52,7 @@ pub struct Metrics {
     pub writes: Family<Write, Counter>,
     /// What became of what the global proxy reported, by outcome.
     pub observations: Family<Outcome, Counter>,
+    pub global_proxy_endpoints: Gauge,
     /// What became of first calls.
     pub first_calls: Family<Outcome, Counter>,
     /// Calls that are held now.
@@ -76,6 +77,7 @@ impl Default for Metrics {
         Self {
             writes: Family::default(),
             observations: Family::default(),
+            global_proxy_endpoints: Gauge::default(),
             first_calls: Family::default(),
             held: Gauge::default(),
             held_for: Histogram::new(exponential_buckets(0.005, 1.5, 20)),
@@ -97,6 +99,7 @@ impl Metrics {
         let Self {
             writes,
             observations,
+            global_proxy_endpoints,
             first_calls,
             held,
             held_for,
@@ -117,6 +120,11 @@ impl Metrics {
         );
         let help = "Access log entries, by what became of them";
         registry.register("observations", help, observations.clone());
+        registry.register(
+            "global_proxy_endpoints",
+            "Ready endpoints of the global proxy",
+            global_proxy_endpoints.clone(),
+        );
         let help = "First calls, by what became of them";
         registry.register("first_calls", help, first_calls.clone());
         registry.register("held_calls", "First calls that are held now", held.clone());
@@ -148,6 +156,8 @@ impl Metrics {
     }
 
     pub fn observe_world(&self, world: &World) {
+        let endpoints = i64::try_from(world.global_proxy_endpoints()).unwrap_or(i64::MAX);
+        self.global_proxy_endpoints.set(endpoints);
         for (name, count) in [
             ("Namespace", world.namespaces.len()),
             ("Service", world.services.len()),

@@ -19,6 +19,7 @@ use crate::args::{LogFormat, Run};
 use crate::clock;
 use crate::deputy;
 use crate::fence::{self, Settings, learn::Learner};
+use crate::global_proxy as global_proxy_health;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
 use crate::observe::access_log::AccessLog;
@@ -168,6 +169,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = wait_until_not(&mut leads) => {}
                 () = fence::run(Arc::clone(&context), fences.clone(), &mut concerned) => {}
                 () = ports::run(world.clone(), writer.clone(), settings.clone()) => {}
+                () = global_proxy_health::run(world.clone(), Arc::clone(&context.status), settings.clone()) => {}
                 () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
             }
             metrics.leader.set(0);

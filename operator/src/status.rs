@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fenceline_crds::{ServiceFence, ServiceFenceStatus};
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -129,8 +130,8 @@ impl StatusWriter {
         Err(Error::Contended { fence: key.clone() })
     }
 
-    /// Publishes an event about the fence. Events are for people: one that is lost is logged, no more.
-    pub async fn event(&self, fence: &ServiceFence, warning: bool, reason: &str, note: String) {
+    /// Publishes an event about an object. Events are for people: one that is lost is logged, no more.
+    pub async fn event(&self, about: &ObjectReference, warning: bool, reason: &str, note: String) {
         let event = Event {
             type_: if warning {
                 EventType::Warning
@@ -142,7 +143,7 @@ impl StatusWriter {
             action: "Reconcile".to_owned(),
             secondary: None,
         };
-        let result = self.recorder.publish(&event, &fence.object_ref(&())).await;
+        let result = self.recorder.publish(&event, about).await;
         self.metrics
             .writes
             .get_or_create(&write("Event", "create", result.is_ok()))

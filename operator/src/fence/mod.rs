@@ -332,7 +332,12 @@ async fn report(
     let change = |fence: &ServiceFence| said::status(fence, plan, now);
     context.status.update(world, key, change).await?;
     let ready = said::ready(plan);
-    if before.as_deref() != Some(ready.reason) {
+    // Of the global proxy there is one event, not one for each fence.
+    let about_us = |reason: &str| reason != said::GLOBAL_PROXY_GONE;
+    if before.as_deref() != Some(ready.reason)
+        && about_us(ready.reason)
+        && before.as_deref().is_none_or(about_us)
+    {
         tracing::info!(
             reason = ready.reason,
             message = ready.message,
@@ -341,7 +346,7 @@ async fn report(
         let warning = !ready.status;
         context
             .status
-            .event(fence, warning, ready.reason, ready.message)
+            .event(&fence.object_ref(&()), warning, ready.reason, ready.message)
             .await;
     }
     Ok(())

@@ -19,6 +19,8 @@ use crate::world::{Host, Key, World};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     pub verdict: Verdict,
+    /// Whether first calls go nowhere.
+    pub global_proxy_gone: bool,
     pub scope: Scope,
     /// Hosts whose AuthorizationPolicies name the workload as a caller.
     pub named: BTreeSet<String>,
@@ -79,6 +81,7 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
     };
     Plan {
         verdict,
+        global_proxy_gone: world.global_proxy_gone,
         scope: scoped.counts,
         named: scoped.named,
         remarks: scoped.remarks,

@@ -167,6 +167,18 @@ fn to(port: u16, settings: &Settings) -> Value {
         // As in Istio's own catch-all: Envoy's 15 s would cut long calls short.
         "timeout": "0s",
         "max_grpc_timeout": "0s",
+        // A replica that is gone has not seen the request; another one is asked.
+        "retry_policy": {
+            "retry_on": "connect-failure,refused-stream",
+            "num_retries": 2,
+            "retry_host_predicate": [{
+                "name": "envoy.retry_host_predicates.previous_hosts",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+                },
+            }],
+            "host_selection_retry_max_attempts": 5,
+        },
     })
 }
 

@@ -7,8 +7,11 @@ use jiff::{Timestamp, Unit};
 
 use super::plan::{Plan, Verdict};
 use super::select::NoPods;
+use crate::global_proxy::GONE;
 use crate::status::{Said, set_conditions};
 
+/// The reason of fences that are enforced while their first calls go nowhere.
+pub(super) const GLOBAL_PROXY_GONE: &str = "GlobalProxyGone";
 const READY: &str = "Ready";
 const ENFORCED: &str = "Enforced";
 const CONFLICTED: &str = "Conflicted";
@@ -16,6 +19,10 @@ const CONFLICTED: &str = "Conflicted";
 /// The `Ready` condition of a plan that was carried out.
 pub(super) fn ready(plan: &Plan) -> Said {
     let (status, reason, mut message) = match &plan.verdict {
+        Verdict::Enforce(objects) if plan.global_proxy_gone && objects.redirect.is_some() => {
+            let text = format!("{}; {GONE}", in_scope(plan.scope, "are"));
+            (false, GLOBAL_PROXY_GONE, text)
+        }
         Verdict::Enforce(_) => (true, "Enforced", in_scope(plan.scope, "are")),
         Verdict::Observe => {
             let text = format!(

@@ -42,6 +42,8 @@ enum Change {
     Retired(Key),
     /// How many endpoints of the global proxy are ready, by slice.
     GlobalProxy(Key, Option<usize>),
+    /// Time to see whether it came back.
+    LookForGlobalProxy,
     Sidecar(Key, Option<Box<Sidecar>>),
     EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
     Fence(Key, Option<Box<ServiceFence>>),
@@ -51,6 +53,9 @@ enum Change {
 
 /// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
 const RETIREMENT: std::time::Duration = std::time::Duration::from_secs(15);
+
+/// How long the global proxy may be without endpoints before every fence says so.
+const GONE_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Which fences a change concerns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -408,6 +413,12 @@ impl WorldTask {
                     Some(ready) => drop(slices.insert(key, ready)),
                     None => drop(slices.remove(&key)),
                 }
+                self.look_for_global_proxy(concerned);
+            }
+            Change::LookForGlobalProxy => {
+                let gone = self.world.global_proxy_endpoints() == 0;
+                concerned.all |= gone && !self.world.global_proxy_gone;
+                self.world.global_proxy_gone |= gone;
             }
             Change::Pod(key, facts) => {
                 let old = self.world.pods.get(&key).map(AsRef::as_ref);
@@ -455,6 +466,9 @@ impl WorldTask {
                 set(&mut self.world.fences, key, object);
             }
             Change::Synced(kind) => {
+                if kind == "EndpointSlice" {
+                    self.look_for_global_proxy(concerned);
+                }
                 if kind == "ServiceFence" {
                     // The store takes only what comes between these two; it holds all fences already.
                     self.writer.apply_watcher_event(&Event::Init);
@@ -467,6 +481,21 @@ impl WorldTask {
                 self.waiting.remove(kind);
             }
         }
+    }
+
+    /// It is back as soon as it is, and gone once it was for a while.
+    fn look_for_global_proxy(&mut self, concerned: &mut Concerned) {
+        if self.world.global_proxy_endpoints() > 0 {
+            concerned.all |= self.world.global_proxy_gone;
+            self.world.global_proxy_gone = false;
+            return;
+        }
+        let changes = self.changes.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(GONE_AFTER).await;
+            // The world's task ends with the process.
+            let _ = changes.send(Change::LookForGlobalProxy).await;
+        });
     }
 
     /// Keeps what a policy said for as long as some proxy may still go by it: a host that asks who is calling must not

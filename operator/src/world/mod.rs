@@ -62,6 +62,8 @@ pub struct World {
     pub pods: OrdMap<Key, Arc<PodFacts>>,
     /// How many endpoints of the global proxy are ready, by EndpointSlice.
     pub global_proxy: OrdMap<Key, usize>,
+    /// Whether none were for a while.
+    pub global_proxy_gone: bool,
     pub sidecars: OrdMap<Key, Arc<Sidecar>>,
     /// Only those that Fenceline wrote.
     pub envoy_filters: OrdMap<Key, Arc<EnvoyFilter>>,
@@ -88,6 +90,7 @@ impl World {
             own_policies: OrdMap::new(),
             pods: OrdMap::new(),
             global_proxy: OrdMap::new(),
+            global_proxy_gone: false,
             sidecars: OrdMap::new(),
             envoy_filters: OrdMap::new(),
             fences: OrdMap::new(),
@@ -133,6 +136,11 @@ impl World {
             keys.insert(key.clone());
         }
         set(&mut self.virtual_services, key, hosts);
+    }
+
+    /// How many endpoints of the global proxy are ready.
+    pub fn global_proxy_endpoints(&self) -> usize {
+        self.global_proxy.values().sum()
     }
 
     pub fn pod_at(&self, address: IpAddr) -> Option<(&Key, &PodFacts)> {
