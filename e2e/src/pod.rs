@@ -313,7 +313,13 @@ impl Pod {
     /// Fails when there is none.
     pub async fn kill_sidecar(&mut self) -> anyhow::Result<()> {
         let sidecar = self.sidecar.as_mut().context("a sidecar")?;
-        sidecar.kill().await
+        // Envoy would outlive its agent.
+        let children = sidecar.children()?;
+        sidecar.kill().await?;
+        for child in children {
+            rustix::process::kill_process(child, rustix::process::Signal::KILL)?;
+        }
+        Ok(())
     }
 
     /// Starts the application, or starts it again.

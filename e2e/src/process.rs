@@ -70,6 +70,21 @@ impl Process {
         Ok(kill_process(pid, signal)?)
     }
 
+    /// The processes that it started.
+    ///
+    /// # Errors
+    /// Fails when it has ended.
+    pub fn children(&self) -> anyhow::Result<Vec<Pid>> {
+        let id = self.id().with_context(|| format!("{} ended", self.name))?;
+        let mut children = Vec::new();
+        for thread in std::fs::read_dir(format!("/proc/{id}/task"))? {
+            let started = std::fs::read_to_string(thread?.path().join("children"))?;
+            let started = started.split_whitespace();
+            children.extend(started.filter_map(|id| Pid::from_raw(id.parse().ok()?)));
+        }
+        Ok(children)
+    }
+
     /// SIGKILL, and no chance to say goodbye.
     ///
     /// # Errors

@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::install::OPERATOR;
+use fenceline_e2e::fences::GLOBAL_PROXY as GLOBAL_PROXY_URI;
+use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
 use fenceline_e2e::lab::request;
 use fenceline_e2e::wait::eventually;
-use fenceline_e2e::{Lab, PATIENCE, isolate, lab};
+use fenceline_e2e::{Lab, PATIENCE, PodSpec, isolate, lab};
 
 const CLIENT: (&str, &str) = ("shop", "client");
 
@@ -23,12 +24,28 @@ struct Args {
     /// Seconds to watch the converged operator.
     #[arg(long, default_value_t = 120)]
     idle: u64,
+    /// First calls of each kind: held, held while the mesh churns, forwarded.
+    #[arg(long, default_value_t = 200)]
+    first_calls: usize,
+    /// Only the first calls.
+    #[arg(long)]
+    first_calls_only: bool,
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     if isolate::is_inside() {
-        return lab::in_lab("bench", async |lab| measure(lab, &args).await);
+        return lab::in_lab("bench", async |lab| {
+            if args.first_calls_only {
+                lab.install().await?;
+                lab.namespace("shop").await?;
+                lab.workload(CLIENT, &[80]).await?;
+                lab.fence(CLIENT, "{}").await?;
+            } else {
+                measure(lab, &args).await?;
+            }
+            first_calls(lab, args.first_calls).await
+        });
     }
     let given: Vec<String> = std::env::args().skip(1).collect();
     let given: Vec<&str> = given.iter().map(String::as_str).collect();
@@ -101,6 +118,102 @@ async fn measure(lab: &mut Lab, args: &Args) -> anyhow::Result<()> {
         Ok(())
     })
     .await
+}
+
+/// Times first calls from the application's side: held, in a quiet mesh and in one where a Service changes every 200 ms;
+/// forwarded; and direct ones beside them.
+async fn first_calls(lab: &mut Lab, count: usize) -> anyhow::Result<()> {
+    const QUIET: &str = "quiet";
+    const CHURN: &str = "churn";
+    const FORWARD: &str = "forward";
+    lab.namespace("bank").await?;
+    for kind in [QUIET, CHURN, FORWARD] {
+        let services: Vec<String> = (0..count)
+            .map(|number| {
+                format!(
+                    "{{apiVersion: v1, kind: Service, metadata: {{name: {kind}-{number}, namespace: bank}}, \
+                     spec: {{selector: {{app: server}}, ports: [{{name: http, port: 80}}]}}}}"
+                )
+            })
+            .collect();
+        lab.apply(&services.join("\n---\n")).await?;
+    }
+    lab.pod(PodSpec::new("bank", "server").http(80)).await?;
+    lab.workload(("shop", "forwarder"), &[80]).await?;
+    let forwarder = ("shop", "forwarder");
+    lab.fence(forwarder, "{firstCall: {policy: Forward}}")
+        .await?;
+    lab.until_reason(forwarder, "Enforced").await?;
+    let last = format!("{FORWARD}-{}.bank", count - 1);
+    eventually(
+        PATIENCE * 2,
+        "the global proxy has every service",
+        async || {
+            let clusters = lab
+                .running(SYSTEM, GLOBAL_PROXY)?
+                .envoy("/clusters")
+                .await?;
+            anyhow::ensure!(clusters.contains(&format!("||{last}.svc.cluster.local::10.")));
+            Ok(())
+        },
+    )
+    .await?;
+    lab.until_quiet(OPERATOR, Duration::from_secs(2)).await?;
+
+    let lab = &*lab;
+    let times = async |client,
+                       kind: &str,
+                       own: bool|
+           -> anyhow::Result<(Vec<Duration>, Vec<Duration>, usize)> {
+        let (mut first, mut direct, mut other) = (Vec::new(), Vec::new(), 0);
+        for number in 0..count {
+            let authority = format!("{kind}-{number}.bank:80");
+            let outcome = lab.get(client, Protocol::Http1, &authority).await?;
+            let peer = outcome.report()?.peer().map(str::to_owned);
+            if own == (peer.as_deref() != Some(GLOBAL_PROXY_URI)) {
+                first.push(outcome.took);
+            } else {
+                other += 1;
+            }
+            let next = lab
+                .until_direct(client, Protocol::Http1, &authority)
+                .await?;
+            direct.push(next.took);
+        }
+        Ok((first, direct, other))
+    };
+    let say = |what: &str, mut times: Vec<Duration>| {
+        times.sort();
+        let at = |share: usize| times.get((times.len().saturating_sub(1)) * share / 100);
+        println!(
+            "{what}: {} calls, p50 {:.1?}, p99 {:.1?}",
+            times.len(),
+            at(50),
+            at(99)
+        );
+    };
+    let (held, direct, other) = times(CLIENT, QUIET, true).await?;
+    say("first call, held, quiet mesh", held);
+    println!("  {other} were held in vain and forwarded");
+    say("direct", direct);
+    let (forwarded, _, _) = times(forwarder, FORWARD, false).await?;
+    say("first call, forwarded", forwarded);
+    let churn = async {
+        for number in 0.. {
+            let label = format!("churn={number}");
+            let service = ["-n", "bank", "label", "--overwrite", "service", "quiet-0"];
+            lab.kubectl(&[&service[..], &[&label]].concat()).await?;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        anyhow::Ok(())
+    };
+    let (held, _, other) = tokio::select! {
+        times = times(CLIENT, CHURN, true) => times?,
+        churned = churn => return churned,
+    };
+    say("first call, held, a Service changed every 200 ms", held);
+    println!("  {other} were held in vain and forwarded");
+    Ok(())
 }
 
 /// Begins to fence the client while it calls a service that nobody declared, and counts what fails.
