@@ -184,7 +184,10 @@ async fn first_calls(lab: &mut Lab, count: usize) -> anyhow::Result<()> {
     };
     let say = |what: &str, mut times: Vec<Duration>| {
         times.sort();
-        let at = |share: usize| times.get((times.len().saturating_sub(1)) * share / 100);
+        let at = |share: usize| {
+            let last = times.len().saturating_sub(1);
+            times.get(last * share / 100).copied().unwrap_or_default()
+        };
         println!(
             "{what}: {} calls, p50 {:.1?}, p99 {:.1?}",
             times.len(),

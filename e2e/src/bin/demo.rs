@@ -330,7 +330,7 @@ async fn table(rows: &mut [Row], lab: &Lab) -> anyhow::Result<bool> {
     }
     println!();
     println!(
-        "first call: through the global proxy, which is how it is learnt. next calls: direct (median of 20)."
+        "first call: held at the global proxy until it is in scope, then made by the workload itself. next calls: direct (median of 20)."
     );
     if held {
         println!("every promise held");

@@ -260,9 +260,11 @@ fn refuse(why: &Refusal) -> CheckResponse {
     let mut denied = DeniedHttpResponseBuilder::new();
     denied
         .set_http_status(HttpStatusCode::ServiceUnavailable)
-        .add_header("retry-after", "1", None, false)
         .add_header(REASON, why.reason(), None, false)
         .set_body(format!("fenceline: {}\n", why.message()));
+    if why.passes() {
+        denied.add_header("retry-after", "1", None, false);
+    }
     respond(Status::permission_denied(why.reason()), denied)
 }
 

@@ -81,6 +81,11 @@ impl Refusal {
         }
     }
 
+    /// Whether trying again helps: the host comes into the caller's scope.
+    pub fn passes(&self) -> bool {
+        matches!(self, Self::Protected(_) | Self::Headless | Self::NotInScope)
+    }
+
     /// For people. What a policy is called is none of a caller's business.
     pub fn message(&self) -> &'static str {
         match self {
