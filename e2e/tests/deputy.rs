@@ -252,3 +252,52 @@ fn an_attacker_gets_nothing_and_harms_nobody() {
         Ok(())
     });
 }
+
+#[test]
+fn a_mesh_that_allows_nothing_by_default() {
+    fenceline_e2e::test(async |lab| {
+        bank(lab).await?;
+        lab.apply(
+            "{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {name: nothing, namespace: istio-system}, spec: {}}\n---\n\
+             {apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {name: lobby, namespace: bank}, \
+              spec: {selector: {matchLabels: {app: lobby}}, rules: [{to: [{operation: {ports: ['80']}}]}]}}",
+        )
+        .await?;
+        let vault = lab.resolve("bank", "vault", 80).await?;
+        let call = request(Protocol::Http1, "vault.bank", vault);
+        eventually(PATIENCE, "nothing is allowed", async || {
+            let outcome = lab.call(CLIENT, &call).await?;
+            anyhow::ensure!(outcome.status == 403, "{outcome:?}");
+            Ok(())
+        })
+        .await?;
+        lab.forwarded_call(CLIENT, Protocol::Http1, "lobby.bank:80")
+            .await
+            .map(drop)
+    });
+}
+
+#[test]
+fn what_the_global_proxy_cannot_see_is_refused_and_not_lost() {
+    fenceline_e2e::test(async |lab| {
+        bank(lab).await?;
+        lab.workload(("shop", "private"), &[80]).await?;
+        let export = "networking.istio.io/exportTo=.";
+        let annotate = ["-n", "shop", "annotate", "service", "private", export];
+        lab.kubectl(&annotate).await?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let private = lab.resolve("shop", "private", 80).await?;
+        let outcome = lab
+            .call(CLIENT, &request(Protocol::Http1, "private", private))
+            .await?;
+        is_refused(&outcome)?;
+        let reason = outcome.headers.get("x-fenceline-reason");
+        anyhow::ensure!(
+            reason.is_some_and(|reason| reason == "NotExported"),
+            "{outcome:?}"
+        );
+        lab.until_direct(CLIENT, Protocol::Http1, "private:80")
+            .await
+            .map(drop)
+    });
+}

@@ -30,7 +30,8 @@ pub struct Run {
     /// This replica's name in the Lease and in events.
     #[arg(long, env = "POD_NAME", default_value = "fenceline")]
     pub name: String,
-    /// The global proxy's Service, NAMESPACE/NAME; its service account has the same name.
+    /// The global proxy's Service, NAMESPACE/NAME; its service account has the same name. In another namespace than the
+    /// operator's, the Role `fenceline` must be there too.
     #[arg(
         long,
         env = "FENCELINE_GLOBAL_PROXY",

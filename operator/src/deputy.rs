@@ -24,25 +24,10 @@ const COALESCE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
 
-/// The policies that the global proxy should have, by name.
-fn plan(world: &World, settings: &Settings) -> BTreeMap<Key, AuthorizationPolicy> {
-    let Some(global_proxy) = world.services.get(&settings.global_proxy) else {
-        return BTreeMap::new();
-    };
-    let mut of_namespace: BTreeMap<String, BTreeSet<(String, Vec<IpAddr>)>> = BTreeMap::new();
-    for (service, addresses) in hosts(world) {
-        let fqdn = world.fqdn(&service);
-        if service != settings.global_proxy
-            && world.protection(&settings.root_namespace, &fqdn).is_some()
-        {
-            let Key { namespace, name } = service;
-            of_namespace
-                .entry(namespace)
-                .or_default()
-                .insert((name, addresses));
-        }
-    }
-    let policy = |(namespace, hosts): (String, BTreeSet<(String, Vec<IpAddr>)>)| {
+/// The policies that the global proxy should have, by name; nothing while it is not there.
+fn plan(world: &World, settings: &Settings) -> Option<BTreeMap<Key, AuthorizationPolicy>> {
+    let global_proxy = world.services.get(&settings.global_proxy)?;
+    let policy = |(namespace, names): (String, Names)| {
         let key = Key::new(
             &*settings.global_proxy.namespace,
             format!("fenceline-protected-{namespace}"),
@@ -59,53 +44,82 @@ fn plan(world: &World, settings: &Settings) -> BTreeMap<Key, AuthorizationPolicy
                     match_labels: global_proxy.selector.clone(),
                 }),
                 action: Some("DENY".to_owned()),
-                rules: rules(&namespace, &hosts, settings),
+                rules: rules(&namespace, &names, settings),
                 ..AuthorizationPolicySpec::default()
             },
         };
         (key, object)
     };
-    of_namespace.into_iter().map(policy).collect()
+    Some(protected(world, settings).into_iter().map(policy).collect())
 }
 
-/// What the global proxy can reach: Services, and VirtualServices of names like theirs.
-fn hosts(world: &World) -> BTreeMap<Key, Vec<IpAddr>> {
-    let routed = world
-        .virtual_services
-        .values()
-        .flat_map(|hosts| &hosts.hosts);
-    let mut all: BTreeMap<Key, Vec<IpAddr>> = routed
-        .filter_map(|host| world.service_named(host))
-        .map(|key| (key, Vec::new()))
-        .collect();
-    let services = world.services.iter();
-    all.extend(services.map(|(key, facts)| (key.clone(), facts.addresses.clone())));
+/// Names of protected hosts in one namespace.
+#[derive(Default)]
+struct Names {
+    /// Of Services, and of what has a name like theirs.
+    services: BTreeSet<String>,
+    /// Of ServiceEntries and VirtualServices in other domains, whole.
+    others: BTreeSet<String>,
+    addresses: BTreeSet<IpAddr>,
+}
+
+/// The protected hosts of those that the global proxy can reach, by namespace.
+fn protected(world: &World, settings: &Settings) -> BTreeMap<String, Names> {
+    let mut all: BTreeMap<String, Names> = BTreeMap::new();
+    let mut add = |namespace: &str, fqdn: &str, addresses: &[IpAddr]| {
+        let service = world.service_named(fqdn);
+        if service.as_ref() == Some(&settings.global_proxy)
+            || world.protection(&settings.root_namespace, fqdn).is_none()
+        {
+            return;
+        }
+        let names = match service {
+            Some(Key { namespace, name }) => {
+                let names = all.entry(namespace).or_default();
+                names.services.insert(name);
+                names
+            }
+            None => {
+                let names = all.entry(namespace.to_owned()).or_default();
+                names.others.insert(fqdn.to_owned());
+                names
+            }
+        };
+        names.addresses.extend(addresses);
+    };
+    for (key, facts) in &world.services {
+        add(&key.namespace, &world.fqdn(key), &facts.addresses);
+    }
+    for (key, hosts) in world.service_entries.iter().chain(&world.virtual_services) {
+        // What a wildcard stands for has names of its own.
+        for host in hosts.hosts.iter().filter(|host| !host.starts_with('*')) {
+            add(&key.namespace, host, &hosts.addresses);
+        }
+    }
     all
 }
 
 /// Every form of the hosts' names that the global proxy understands; the short ones of their own namespace's callers.
-fn rules(
-    namespace: &str,
-    hosts: &BTreeSet<(String, Vec<IpAddr>)>,
-    settings: &Settings,
-) -> Vec<Rule> {
+fn rules(namespace: &str, names: &Names, settings: &Settings) -> Vec<Rule> {
     let domain = &settings.cluster_domain;
     let any_port = |name: String| [format!("{name}:*"), name];
-    let full = hosts.iter().flat_map(|(name, addresses)| {
+    let full = names.services.iter().flat_map(|name| {
         let name = format!("{name}.{namespace}");
-        let addresses = addresses
-            .iter()
-            .filter(|address| address.is_ipv4())
-            .map(ToString::to_string);
-        let names = [
+        [
             format!("{name}.svc.{domain}."),
             format!("{name}.svc.{domain}"),
             format!("{name}.svc"),
             name,
-        ];
-        names.into_iter().chain(addresses).flat_map(any_port)
+        ]
     });
-    let short = hosts.iter().flat_map(|(name, _)| any_port(name.clone()));
+    let others = names.others.iter();
+    let others = others.flat_map(|name| [format!("{name}."), name.clone()]);
+    let addresses = names.addresses.iter().filter(|address| address.is_ipv4());
+    let full = full
+        .chain(others)
+        .chain(addresses.map(ToString::to_string))
+        .flat_map(any_port);
+    let short = names.services.iter().cloned().flat_map(any_port);
     let rule = |from: Vec<From>, hosts: Vec<String>| Rule {
         from,
         to: vec![To {
@@ -128,16 +142,17 @@ fn rules(
             ..Source::default()
         },
     };
-    vec![
-        rule(Vec::new(), full.collect()),
-        rule(vec![neighbours], short.collect()),
-    ]
+    let mut rules = vec![rule(Vec::new(), full.collect())];
+    if !names.services.is_empty() {
+        rules.push(rule(vec![neighbours], short.collect()));
+    }
+    rules
 }
 
 /// Keeps the policies right for as long as it is polled: the leader's work.
 pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, settings: Settings) {
     let mut planned: Option<Arc<World>> = None;
-    let mut plans = BTreeMap::new();
+    let mut plans = None;
     let mut retry = RETRY;
     loop {
         let now = Arc::clone(&world.borrow_and_update());
@@ -145,18 +160,14 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
             plans = plan(&now, &settings);
             planned = Some(Arc::clone(&now));
         }
-        match write(&plans, &now, &writer).await {
-            Ok(()) => retry = RETRY,
-            Err(error) => {
-                tracing::warn!(
-                    error = crate::chain(&error),
-                    "what the global proxy must not forward"
-                );
-                tokio::time::sleep(retry).await;
-                retry = (retry * 2).min(LONGEST_RETRY);
-                continue;
-            }
+        if let Some(plans) = &plans
+            && !write(plans, &now, &writer).await
+        {
+            tokio::time::sleep(retry).await;
+            retry = (retry * 2).min(LONGEST_RETRY);
+            continue;
         }
+        retry = RETRY;
         if world.changed().await.is_err() {
             return;
         }
@@ -172,27 +183,32 @@ fn same_hosts(then: &World, now: &World) -> bool {
         && then.service_entries.ptr_eq(&now.service_entries)
 }
 
-async fn write(
-    plans: &BTreeMap<Key, AuthorizationPolicy>,
-    world: &World,
-    writer: &Writer,
-) -> Result<(), apply::Error> {
+/// Writes what differs; says whether all of it went well. One policy that cannot be written keeps no other from it.
+async fn write(plans: &BTreeMap<Key, AuthorizationPolicy>, world: &World, writer: &Writer) -> bool {
+    let mut well = true;
+    let mut say = |key: &Key, result: Result<(), apply::Error>| {
+        if let Err(error) = result {
+            well = false;
+            let error = crate::chain(&error);
+            tracing::warn!(policy = %key, error, "what the global proxy must not forward");
+        }
+    };
     for (key, want) in plans {
         let have = world.own_policies.get(key).map(AsRef::as_ref);
-        writer.ensure(want, have).await?;
+        say(key, writer.ensure(want, have).await.map(drop));
     }
     for (key, have) in &world.own_policies {
         if !plans.contains_key(key) {
-            writer.remove(have.as_ref()).await?;
+            say(key, writer.remove(have.as_ref()).await.map(drop));
         }
     }
-    Ok(())
+    well
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{policy, service, settings, virtual_service, world};
+    use crate::testing::{policy, service, service_entry, settings, virtual_service, world};
 
     #[test]
     fn every_name_of_a_protected_host_is_denied_and_no_other() {
@@ -208,12 +224,15 @@ mod tests {
         service(&mut mesh, "shop", "cart", "{}");
         let front = "{hosts: [front], http: [{route: [{destination: {host: vault}}]}]}";
         virtual_service(&mut mesh, "bank", "front", front);
-        assert!(plan(&mesh, &settings()).is_empty());
+        let machine = "{hosts: [old.legacy.svc.other], addresses: [240.1.0.9], \
+                       status: {addresses: [{value: 240.240.0.7}]}}";
+        service_entry(&mut mesh, "bank", "machine", machine);
+        assert!(plan(&mesh, &settings()).unwrap().is_empty());
         let rule = "{rules: [{from: [{source: {namespaces: [shop]}}]}], \
                     selector: {matchLabels: {app: vault}}}";
         policy(&mut mesh, "bank", "vault", rule);
 
-        let plans = plan(&mesh, &settings());
+        let plans = plan(&mesh, &settings()).unwrap();
         assert_eq!(plans.len(), 1);
         let policy = &plans[&Key::new("fenceline-system", "fenceline-protected-bank")];
         assert_eq!(policy.spec.action.as_deref(), Some("DENY"));
@@ -225,6 +244,9 @@ mod tests {
             "vault.bank.svc.cluster.local",
             "10.96.0.9:*",
             "front.bank",
+            "old.legacy.svc.other",
+            "240.1.0.9",
+            "240.240.0.7:*",
         ] {
             assert!(hosts(0).iter().any(|host| host == form), "{form}");
         }

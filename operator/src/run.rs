@@ -67,12 +67,20 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let metrics = Arc::new(Metrics::default());
 
+    let settings = Settings {
+        global_proxy,
+        ask_port,
+        forward_port,
+        cluster_domain,
+        trust_domain,
+        root_namespace,
+    };
     let Feed {
         world,
         mut concerned,
         fences,
         synced,
-    } = feed::start(&client, &cluster_domain, &global_proxy, &metrics);
+    } = feed::start(&client, &settings, &metrics);
     tokio::spawn(metrics.api.clone().probe(client.clone()));
     let status = Arc::new(StatusWriter::new(
         client.clone(),
@@ -89,19 +97,11 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
 
     let door = Door {
         global_proxy: Identity {
-            trust_domain: trust_domain.clone(),
-            namespace: global_proxy.namespace.clone(),
-            service_account: global_proxy.name.clone(),
+            trust_domain: settings.trust_domain.clone(),
+            namespace: settings.global_proxy.namespace.clone(),
+            service_account: settings.global_proxy.name.clone(),
         },
         metrics: Arc::clone(&metrics),
-    };
-    let settings = Settings {
-        global_proxy,
-        ask_port,
-        forward_port,
-        cluster_domain,
-        trust_domain,
-        root_namespace,
     };
     let access_log = AccessLog {
         door: door.clone(),

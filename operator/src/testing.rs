@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::{AuthorizationPolicy, Sidecar, VirtualService};
+use fenceline_crds::istio::{AuthorizationPolicy, ServiceEntry, Sidecar, VirtualService};
 use k8s_openapi::api::core::v1::Service;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -94,6 +94,18 @@ pub(crate) fn virtual_service(world: &mut World, namespace: &str, name: &str, sp
     object.metadata.namespace = Some(namespace.to_owned());
     let hosts = NamedHosts::of_virtual_service(&object, &world.cluster_domain);
     world.set_virtual_service(&Key::new(namespace, name), Some(hosts));
+}
+
+/// Adds a ServiceEntry; `spec` may name its `status`.
+pub(crate) fn service_entry(world: &mut World, namespace: &str, name: &str, spec: &str) {
+    let mut fields = yaml::<serde_json::Map<String, Value>>(spec);
+    let status = fields.remove("status");
+    let spec = serde_json::from_value(fields.into()).expect("a ServiceEntry");
+    let mut object = ServiceEntry::new(name, spec);
+    object.metadata.namespace = Some(namespace.to_owned());
+    object.status = status;
+    let hosts = NamedHosts::of_service_entry(&object);
+    world.set_service_entry(&Key::new(namespace, name), Some(hosts));
 }
 
 /// Adds a Sidecar of somebody else's.

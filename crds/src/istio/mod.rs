@@ -102,6 +102,7 @@ pub struct VirtualServiceSpec {
     version = "v1",
     kind = "ServiceEntry",
     namespaced,
+    status = "Value",
     schema = "disabled",
     derive = "PartialEq",
     derive = "Default"

@@ -242,6 +242,9 @@ fn learnt<'a>(
         .flat_map(move |learnt| hosts_named(world, namespace, &learnt.host))
 }
 
+/// More would not fit into a fence's status; who is named by so many was not meant.
+const MOST_NAMED: usize = 1000;
+
 /// The hosts whose AuthorizationPolicies name the fence's pods as callers.
 fn named(
     fence: &ServiceFence,
@@ -257,9 +260,18 @@ fn named(
         .filter(|pod| select::matches(&labels, &pod.labels))
         .map(|pod| format!("{trust_domain}/ns/{namespace}/sa/{}", pod.service_account))
         .collect();
+    if identities.is_empty() {
+        // Nobody runs that a policy could mean; those who ran will be back.
+        let known = fence.status.iter().flat_map(|status| &status.dependencies);
+        return known
+            .filter(|known| known.evidence.contains(&Evidence::AuthorizationPolicy))
+            .flat_map(|known| world.providers(namespace, &known.host))
+            .collect();
+    }
     world
         .named_by_policies(&settings.root_namespace, namespace, &identities)
         .iter()
+        .take(MOST_NAMED)
         .flat_map(|service| world.providers(namespace, &world.fqdn(service)))
         .collect()
 }

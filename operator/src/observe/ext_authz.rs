@@ -139,7 +139,18 @@ impl ExtAuthz {
         self.learn(&world, &decision, question.authority, received);
         drop(world);
         match decision.answer {
-            Answer::Hold(hold) => self.hold(question, &hold).await,
+            Answer::Hold(hold) => match self.hold(question, &hold).await {
+                Ok(replayed) => replayed,
+                Err(why) => {
+                    // The mesh may have changed meanwhile.
+                    let decision = decide(&self.world.borrow(), &self.settings, &asked);
+                    let answer = match decision.answer {
+                        Answer::Hold(hold) => *hold.otherwise,
+                        other => other,
+                    };
+                    self.say(question, asked.port, answer, why)
+                }
+            },
             other => self.say(question, asked.port, other, "at once"),
         }
     }
@@ -153,7 +164,13 @@ impl ExtAuthz {
         }
     }
 
-    async fn hold(&self, question: &Question<'_>, hold: &Hold) -> CheckResponse {
+    /// # Errors
+    /// Says why the call could not be held until its host was in scope.
+    async fn hold(
+        &self,
+        question: &Question<'_>,
+        hold: &Hold,
+    ) -> Result<CheckResponse, &'static str> {
         let now = u64::try_from((self.clock)().as_millisecond()).unwrap_or_default();
         let whole = u64::try_from(hold.hold_for.as_millis()).unwrap_or(u64::MAX);
         let latest = now.saturating_add(whole);
@@ -178,14 +195,14 @@ impl ExtAuthz {
                     journey,
                 };
                 if number > 0 {
-                    return replay(question, Some(next.to_string()));
+                    return Ok(replay(question, Some(next.to_string())));
                 }
                 // Most calls come once, and nothing of ours should reach a callee without need.
                 self.holder.remember(next);
-                replay(question, None)
+                Ok(replay(question, None))
             }
-            Ended::TooLate => self.say(question, Port::Ask, (*hold.otherwise).clone(), "too late"),
-            Ended::TooMany => self.say(question, Port::Ask, (*hold.otherwise).clone(), "too many"),
+            Ended::TooLate => Err("too late"),
+            Ended::TooMany => Err("too many"),
         }
     }
 

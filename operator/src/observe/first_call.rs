@@ -59,6 +59,8 @@ pub struct Hold {
 pub enum Refusal {
     /// An AuthorizationPolicy asks who calls, and it would not see that.
     Protected(Key),
+    /// It is not exported to the global proxy's namespace.
+    NotExported,
     /// The pods of a headless Service are called by address; the global proxy would call another one.
     Headless,
     /// Nothing answers to the name, and the call cannot go back to where something might.
@@ -74,6 +76,7 @@ impl Refusal {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Protected(_) => "ProtectedHost",
+            Self::NotExported => "NotExported",
             Self::Headless => "HeadlessHost",
             Self::UnknownHost => "UnknownHost",
             Self::GlobalProxy => "GlobalProxy",
@@ -83,7 +86,7 @@ impl Refusal {
 
     /// Whether trying again helps: the host comes into the caller's scope.
     pub fn passes(&self) -> bool {
-        matches!(self, Self::Protected(_) | Self::Headless | Self::NotInScope)
+        !matches!(self, Self::UnknownHost | Self::GlobalProxy)
     }
 
     /// For people. What a policy is called is none of a caller's business.
@@ -92,6 +95,10 @@ impl Refusal {
             Self::Protected(_) => {
                 "the host is not in the caller's scope yet, and cannot be called for it: \
                  an AuthorizationPolicy asks who is calling"
+            }
+            Self::NotExported => {
+                "the host is not in the caller's scope yet, and cannot be called for it: \
+                 it is not exported to the global proxy's namespace"
             }
             Self::Headless => {
                 "the host is not in the caller's scope yet, and cannot be called for it: its pods are called by address"
@@ -189,9 +196,12 @@ fn obstacle(world: &World, settings: &Settings, host: &Host) -> Option<Refusal> 
         .and_then(|key| world.services.get(&key))
         .is_some_and(|facts| facts.addresses.is_empty() && !facts.external_name);
     let protected = world.protection(&settings.root_namespace, &host.fqdn);
+    let proxy = &settings.global_proxy.namespace;
+    let hidden = world.providers(proxy, &host.fqdn).is_empty();
     protected
         .map(Refusal::Protected)
         .or_else(|| headless.then_some(Refusal::Headless))
+        .or_else(|| hidden.then_some(Refusal::NotExported))
 }
 
 #[cfg(test)]

@@ -201,22 +201,20 @@ impl Place<'_> {
         self.holder.eyes.look(self.caller, &self.seen).await
     }
 
-    /// Waits until the caller's proxy has more clusters than `before`, or `patience` is over; and none that warms.
+    /// Waits until the caller's proxy has more clusters than `before`, or `patience` is over; and until none warms that did
+    /// not before.
     async fn until_arrived(&self, before: Option<Clusters>, patience: Duration) {
         let since = Instant::now();
-        loop {
+        while let (Some(before), Some(now)) = (before, self.look().await) {
             let patient = since.elapsed() < patience;
-            match (before, self.look().await) {
-                (Some(before), Some(now)) => {
-                    if now.warming == 0 && (now.added > before.added || !patient) {
-                        return;
-                    }
-                }
-                _ if patient => {}
-                _ => return,
+            let warm = now.warming == 0 || (!patient && now.warming <= before.warming);
+            if warm && (now.added > before.added || !patient) {
+                return;
             }
             tokio::time::sleep(LOOK).await;
         }
+        // It cannot be asked.
+        tokio::time::sleep(patience.saturating_sub(since.elapsed())).await;
     }
 }
 

@@ -4,7 +4,9 @@
 //! istiod sends routes right behind the clusters they lead to, and Envoy routes by them at once, while a new cluster waits
 //! for its endpoints. In between a call finds no cluster, and fails. So a held call goes back only while nothing warms.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Empty, Limited};
@@ -18,7 +20,10 @@ use tokio::sync::Mutex;
 const PORT: u16 = 15090;
 const STATS: &str =
     "/stats/prometheus?filter=cluster_manager%5C.(cluster_added%7Cwarming_clusters)$";
-const TIMEOUT: Duration = Duration::from_millis(300);
+const TIMEOUT: Duration = Duration::from_millis(100);
+/// How long a proxy is left alone that did not answer, as where a NetworkPolicy is in the way.
+const BLIND: Duration = Duration::from_secs(60);
+const MOST_BLIND: usize = 4096;
 /// An answer has a few hundred bytes; a caller may answer what it likes.
 const ENOUGH: usize = 64 << 10;
 /// Calls of one caller share a look.
@@ -34,9 +39,10 @@ pub struct Clusters {
 }
 
 /// Looks at proxies.
-#[derive(Clone)]
 pub struct Eyes {
     client: Client<HttpConnector, Empty<Bytes>>,
+    /// Who did not answer, and when.
+    blind: std::sync::Mutex<HashMap<IpAddr, Instant>>,
 }
 
 /// The last look at one proxy.
@@ -51,7 +57,8 @@ impl Default for Eyes {
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(Duration::from_secs(5))
             .build(connector);
-        Self { client }
+        let blind = std::sync::Mutex::default();
+        Self { client, blind }
     }
 }
 
@@ -64,10 +71,31 @@ impl Eyes {
         {
             return clusters;
         }
+        if self.is_blind(address) {
+            return None;
+        }
         let clusters = tokio::time::timeout(TIMEOUT, self.ask(address)).await;
         let clusters = clusters.ok().flatten();
+        if clusters.is_none() {
+            self.did_not_answer(address);
+        }
         *last = Some((Instant::now(), clusters));
         clusters
+    }
+
+    fn is_blind(&self, address: IpAddr) -> bool {
+        let blind = self.blind.lock().unwrap_or_else(PoisonError::into_inner);
+        blind
+            .get(&address)
+            .is_some_and(|since| since.elapsed() < BLIND)
+    }
+
+    fn did_not_answer(&self, address: IpAddr) {
+        let mut blind = self.blind.lock().unwrap_or_else(PoisonError::into_inner);
+        if blind.len() >= MOST_BLIND {
+            blind.clear();
+        }
+        blind.insert(address, Instant::now());
     }
 
     async fn ask(&self, address: IpAddr) -> Option<Clusters> {

@@ -1,7 +1,6 @@
-//! Keeps the [`World`] current: a watch for each kind, and one task that takes in what they report, publishes the next
-//! snapshot and says which fences to look at again.
+//! Watches what the [`World`] is made of, each kind by itself, and reports it to the world's task.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -20,53 +19,15 @@ use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
+pub use super::task::Concerned;
+use super::task::{Change, WorldTask};
 use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
-use crate::fence::select::fences_of_pod;
+use crate::fence::Settings;
 use crate::metrics::Metrics;
 
 /// Changes that may wait for the world's task; a watch that is faster waits for it.
-const BACKLOG: usize = 4096;
-
-/// What changed, already cut to what the world keeps.
-#[derive(Debug)]
-enum Change {
-    Namespace(String, Option<BTreeMap<String, String>>),
-    Service(Key, Option<ServiceFacts>),
-    ServiceEntry(Key, Option<NamedHosts>),
-    VirtualService(Key, Option<NamedHosts>),
-    /// A policy, and whether Fenceline wrote it.
-    Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
-    Pod(Key, Option<PodFacts>),
-    /// A policy that was taken away is no longer in force anywhere.
-    Retired(Key),
-    /// How many endpoints of the global proxy are ready, by slice.
-    GlobalProxy(Key, Option<usize>),
-    /// Time to see whether it came back.
-    LookForGlobalProxy,
-    Sidecar(Key, Option<Box<Sidecar>>),
-    EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
-    Fence(Key, Option<Box<ServiceFence>>),
-    /// A watch has delivered all there is.
-    Synced(&'static str),
-}
-
-/// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
-const RETIREMENT: std::time::Duration = std::time::Duration::from_secs(15);
-
-/// How long the global proxy may be without endpoints before every fence says so.
-const GONE_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
-
-/// Which fences a change concerns.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Concerned {
-    pub all: bool,
-    /// All of these namespaces.
-    pub namespaces: BTreeSet<String>,
-    pub fences: BTreeSet<Key>,
-    /// Those that find Services by label.
-    pub with_selectors: bool,
-}
+pub(super) const BACKLOG: usize = 4096;
 
 /// The kinds that are watched, by the names that metrics and readiness use.
 pub const KINDS: [&str; 10] = [
@@ -93,12 +54,13 @@ pub struct Feed {
 }
 
 /// Starts the watches and the world's task; they end with the runtime.
-pub fn start(
-    client: &kube::Client,
-    cluster_domain: &str,
-    global_proxy: &Key,
-    metrics: &Arc<Metrics>,
-) -> Feed {
+pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>) -> Feed {
+    let Settings {
+        cluster_domain,
+        global_proxy,
+        root_namespace,
+        ..
+    } = settings;
     let (changes, inbox) = mpsc::channel(BACKLOG);
     let world = World::new(cluster_domain);
     let (publish, published) = watch::channel(Arc::new(world.clone()));
@@ -113,7 +75,7 @@ pub fn start(
         changes,
         metrics: Arc::clone(metrics),
     };
-    let domain = cluster_domain.to_owned();
+    let domain = cluster_domain.clone();
     watches.watch(&all, |key, object: Option<Namespace>| {
         Change::Namespace(
             key.name,
@@ -168,6 +130,7 @@ pub fn start(
         writer,
         waiting: KINDS.into(),
         changes: watches.changes,
+        root_namespace: root_namespace.clone(),
         retired: 0,
     };
     tokio::spawn(task.run(inbox, Arc::clone(metrics)));
@@ -334,236 +297,12 @@ where
     (key.clone(), change(key, object.ok()))
 }
 
-struct WorldTask {
-    world: World,
-    publish: watch::Sender<Arc<World>>,
-    concern: mpsc::UnboundedSender<Concerned>,
-    sync: watch::Sender<bool>,
-    writer: reflector::store::Writer<ServiceFence>,
-    waiting: BTreeSet<&'static str>,
-    changes: mpsc::Sender<Change>,
-    /// How many policies were taken away so far.
-    retired: u64,
-}
-
-impl WorldTask {
-    /// Takes in whatever is there, publishes once, goes on.
-    async fn run(mut self, mut inbox: mpsc::Receiver<Change>, metrics: Arc<Metrics>) {
-        let mut batch = Vec::new();
-        while inbox.recv_many(&mut batch, BACKLOG).await > 0 {
-            let mut concerned = Concerned::default();
-            for change in batch.drain(..) {
-                self.take(change, &mut concerned);
-            }
-            metrics.observe_world(&self.world);
-            self.publish.send_replace(Arc::new(self.world.clone()));
-            // Before everything is listed, half a mesh would look like a small one.
-            if self.waiting.is_empty() {
-                if !*self.sync.borrow() {
-                    concerned.all = true;
-                    self.sync.send_replace(true);
-                }
-                if concerned != Concerned::default() && self.concern.send(concerned).is_err() {
-                    return;
-                }
-            }
-        }
-    }
-
-    fn take(&mut self, change: Change, concerned: &mut Concerned) {
-        match change {
-            Change::Namespace(name, labels) => self.namespace(name, labels, concerned),
-            Change::Service(key, facts) => self.service(&key, facts, concerned),
-            Change::ServiceEntry(key, hosts) => {
-                let old = self.world.service_entries.get(&key).map(AsRef::as_ref);
-                if old != hosts.as_ref() {
-                    self.world.set_service_entry(&key, hosts);
-                    concerned.all = true;
-                }
-            }
-            Change::VirtualService(key, hosts) => {
-                let old = self.world.virtual_services.get(&key).map(AsRef::as_ref);
-                if old != hosts.as_ref() {
-                    self.world.set_virtual_service(&key, hosts);
-                    concerned.all = true;
-                }
-            }
-            Change::Policy(key, facts, ours) => {
-                let old = self.world.policies.get(&key).map(AsRef::as_ref);
-                if old != facts.as_ref() {
-                    let named = |facts: Option<&PolicyFacts>| {
-                        facts.filter(|facts| !facts.callers.is_empty()).cloned()
-                    };
-                    concerned.all |= named(old) != named(facts.as_ref());
-                    if let Some(old) = old.filter(|old| old.by_source) {
-                        let old = PolicyFacts {
-                            callers: BTreeSet::new(),
-                            ..old.clone()
-                        };
-                        self.retire(&key, old);
-                    }
-                    set(&mut self.world.policies, key.clone(), facts.map(Box::new));
-                }
-                set(&mut self.world.own_policies, key, ours);
-            }
-            Change::Retired(key) => drop(self.world.policies.remove(&key)),
-            Change::GlobalProxy(key, ready) => {
-                let slices = &mut self.world.global_proxy;
-                match ready {
-                    Some(ready) => drop(slices.insert(key, ready)),
-                    None => drop(slices.remove(&key)),
-                }
-                self.look_for_global_proxy(concerned);
-            }
-            Change::LookForGlobalProxy => {
-                let gone = self.world.global_proxy_endpoints() == 0;
-                concerned.all |= gone && !self.world.global_proxy_gone;
-                self.world.global_proxy_gone |= gone;
-            }
-            Change::Pod(key, facts) => {
-                let old = self.world.pods.get(&key).map(AsRef::as_ref);
-                if old != facts.as_ref() {
-                    // Policies name callers by what their pods run as.
-                    let runs_as = |facts: Option<&PodFacts>| {
-                        facts.map(|facts| (facts.service_account.clone(), facts.labels.clone()))
-                    };
-                    if runs_as(old) != runs_as(facts.as_ref()) {
-                        for facts in [old, facts.as_ref()].into_iter().flatten() {
-                            let fences = fences_of_pod(&self.world, &key.namespace, facts);
-                            concerned.fences.extend(fences);
-                        }
-                    }
-                    self.world.set_pod(&key, facts);
-                }
-            }
-            Change::Sidecar(key, object) => {
-                let old = self.world.sidecars.get(&key).map(AsRef::as_ref);
-                for sidecar in [old, object.as_deref()].into_iter().flatten() {
-                    match fence_of(sidecar) {
-                        Some(fence) => drop(concerned.fences.insert(fence)),
-                        // Somebody else's may be in the way of any fence beside it.
-                        None => drop(concerned.namespaces.insert(key.namespace.clone())),
-                    }
-                }
-                set(&mut self.world.sidecars, key, object);
-            }
-            Change::EnvoyFilter(key, object) => {
-                let old = self.world.envoy_filters.get(&key).map(AsRef::as_ref);
-                let both = [old, object.as_deref()].into_iter().flatten();
-                concerned.fences.extend(both.filter_map(fence_of));
-                set(&mut self.world.envoy_filters, key, object);
-            }
-            Change::Fence(key, object) => {
-                concerned.fences.insert(key.clone());
-                let event = match (&object, self.world.fences.get(&key)) {
-                    (Some(fence), _) => Some(Event::Apply(fence.as_ref().clone())),
-                    (None, Some(gone)) => Some(Event::Delete(gone.as_ref().clone())),
-                    (None, None) => None,
-                };
-                if let Some(event) = event {
-                    self.writer.apply_watcher_event(&event);
-                }
-                set(&mut self.world.fences, key, object);
-            }
-            Change::Synced(kind) => {
-                if kind == "EndpointSlice" {
-                    self.look_for_global_proxy(concerned);
-                }
-                if kind == "ServiceFence" {
-                    // The store takes only what comes between these two; it holds all fences already.
-                    self.writer.apply_watcher_event(&Event::Init);
-                    for fence in self.world.fences.values() {
-                        self.writer
-                            .apply_watcher_event(&Event::InitApply(fence.as_ref().clone()));
-                    }
-                    self.writer.apply_watcher_event(&Event::InitDone);
-                }
-                self.waiting.remove(kind);
-            }
-        }
-    }
-
-    /// It is back as soon as it is, and gone once it was for a while.
-    fn look_for_global_proxy(&mut self, concerned: &mut Concerned) {
-        if self.world.global_proxy_endpoints() > 0 {
-            concerned.all |= self.world.global_proxy_gone;
-            self.world.global_proxy_gone = false;
-            return;
-        }
-        let changes = self.changes.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(GONE_AFTER).await;
-            // The world's task ends with the process.
-            let _ = changes.send(Change::LookForGlobalProxy).await;
-        });
-    }
-
-    /// Keeps what a policy said for as long as some proxy may still go by it: a host that asks who is calling must not
-    /// be called under another identity while it does.
-    fn retire(&mut self, key: &Key, old: PolicyFacts) {
-        self.retired += 1;
-        // No object can have this name.
-        let name = format!("{}#{}", key.name, self.retired);
-        let key = Key::new(&*key.namespace, name);
-        self.world.policies.insert(key.clone(), Arc::new(old));
-        let changes = self.changes.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(RETIREMENT).await;
-            // The world's task ends with the process.
-            let _ = changes.send(Change::Retired(key)).await;
-        });
-    }
-
-    fn namespace(
-        &mut self,
-        name: String,
-        labels: Option<BTreeMap<String, String>>,
-        concerned: &mut Concerned,
-    ) {
-        let old = self.world.namespaces.get(&name);
-        // The redirect lists the namespaces that exist.
-        concerned.all |= old.is_some() != labels.is_some();
-        concerned.with_selectors |= old.map(AsRef::as_ref) != labels.as_ref();
-        match labels {
-            Some(labels) => drop(self.world.namespaces.insert(name, Arc::new(labels))),
-            None => drop(self.world.namespaces.remove(&name)),
-        }
-    }
-
-    fn service(&mut self, key: &Key, facts: Option<ServiceFacts>, concerned: &mut Concerned) {
-        let old = self.world.services.get(key);
-        if old.map(AsRef::as_ref) == facts.as_ref() {
-            return;
-        }
-        let in_every_scope = |facts: Option<&ServiceFacts>| {
-            facts
-                .filter(|facts| facts.needs_scope)
-                .map(|facts| facts.export_to.clone())
-        };
-        let before = in_every_scope(old.map(AsRef::as_ref));
-        concerned.all |= before != in_every_scope(facts.as_ref());
-        concerned.namespaces.insert(key.namespace.clone());
-        concerned.with_selectors = true;
-        let ranges: Vec<_> = self.world.service_ranges().collect();
-        self.world.set_service(key, facts);
-        // The redirect lists them.
-        concerned.all |= !self.world.service_ranges().eq(ranges);
-    }
-}
-
 /// Whether Fenceline wrote it.
 pub fn is_ours<K: Resource>(object: &K) -> bool {
     object
         .labels()
         .get(MANAGED_BY)
         .is_some_and(|manager| manager == MANAGER)
-}
-
-fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) {
-    match value {
-        Some(value) => drop(map.insert(key, Arc::from(value))),
-        None => drop(map.remove(&key)),
-    }
 }
 
 /// The fence that an object of ours was written for: by its labels, or by its owner where somebody took those off.

@@ -157,6 +157,8 @@ pub struct NamedHosts {
     /// Lower case, full names.
     pub hosts: BTreeSet<String>,
     pub export_to: ExportTo,
+    /// Single addresses by which a ServiceEntry is called, those that istiod gave it too.
+    pub addresses: Vec<IpAddr>,
     /// The hosts that a VirtualService leads to, mirrors among them.
     pub destinations: BTreeSet<String>,
     /// The VirtualServices that it delegates to.
@@ -174,6 +176,14 @@ impl NamedHosts {
                 .map(|host| host.to_ascii_lowercase())
                 .collect(),
             export_to: ExportTo::parse(entry.spec.export_to.iter().map(String::as_str), namespace),
+            addresses: entry
+                .spec
+                .addresses
+                .iter()
+                .map(String::as_str)
+                .chain(given_addresses(entry.status.as_ref()))
+                .filter_map(|address| address.parse().ok())
+                .collect(),
             ..Self::default()
         }
     }
@@ -210,10 +220,19 @@ impl NamedHosts {
         Self {
             hosts: hosts.map(|host| full(host)).collect(),
             export_to: ExportTo::parse(spec.export_to.iter().map(String::as_str), namespace),
+            addresses: Vec::new(),
             destinations,
             delegates,
         }
     }
+}
+
+/// What istiod's controller allocated.
+/// <https://istio.io/latest/docs/reference/config/networking/service-entry/#ServiceEntryStatus>
+fn given_addresses(status: Option<&Value>) -> impl Iterator<Item = &str> {
+    let addresses = status.and_then(|status| status["addresses"].as_array());
+    let addresses = addresses.into_iter().flatten();
+    addresses.filter_map(|address| address["value"].as_str())
 }
 
 /// What a VirtualService's routes say, at any depth, of where requests go.

@@ -3,6 +3,8 @@
 pub mod feed;
 mod hosts;
 mod policies;
+mod protection;
+mod task;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -72,6 +74,11 @@ pub struct World {
     service_of_address: SharedMap<IpAddr, Key>,
     /// The VirtualServices of each host.
     routes: OrdMap<String, BTreeSet<Key>>,
+    /// The ServiceEntries of each host.
+    entries: OrdMap<String, BTreeSet<Key>>,
+    /// Hosts that a policy protected until a moment ago, and how many changes ago wait to be forgotten: some proxy may
+    /// still route as it did then.
+    lingering: OrdMap<String, (Key, usize)>,
     /// How many addresses of Services begin so.
     service_ranges: OrdMap<[u8; 2], usize>,
     /// Worked out when first asked for, for the hosts as they are now.
@@ -97,6 +104,8 @@ impl World {
             pod_of_address: SharedMap::new(),
             service_of_address: SharedMap::new(),
             routes: OrdMap::new(),
+            entries: OrdMap::new(),
+            lingering: OrdMap::new(),
             service_ranges: OrdMap::new(),
             views: Views::default(),
         }
@@ -118,23 +127,33 @@ impl World {
         set(&mut self.pods, key, facts);
     }
 
+    /// Keeps a host protected after a change that took its protection away, until [`Self::forget`] was called as often.
+    fn linger(&mut self, host: &str, policy: Key) {
+        let (_, changes) = self.lingering.entry(host.to_owned()).or_insert((policy, 0));
+        *changes += 1;
+    }
+
+    /// The change was so long ago that every proxy has heard of it.
+    fn forget(&mut self, host: &str) {
+        if let Some((_, changes)) = self.lingering.get_mut(host) {
+            *changes -= 1;
+            if *changes == 0 {
+                self.lingering.remove(host);
+            }
+        }
+    }
+
     pub fn set_service_entry(&mut self, key: &Key, hosts: Option<NamedHosts>) {
         self.views = Views::default();
+        let old = self.service_entries.get(key).cloned();
+        index_hosts(&mut self.entries, key, old.as_deref(), hosts.as_ref());
         set(&mut self.service_entries, key, hosts);
     }
 
     pub fn set_virtual_service(&mut self, key: &Key, hosts: Option<NamedHosts>) {
         self.views = Views::default();
         let old = self.virtual_services.get(key).cloned();
-        for host in old.iter().flat_map(|hosts| &hosts.hosts) {
-            if let Some(keys) = self.routes.get_mut(host) {
-                keys.remove(key);
-            }
-        }
-        for host in hosts.iter().flat_map(|hosts| &hosts.hosts) {
-            let keys = self.routes.entry(host.clone()).or_default();
-            keys.insert(key.clone());
-        }
+        index_hosts(&mut self.routes, key, old.as_deref(), hosts.as_ref());
         set(&mut self.virtual_services, key, hosts);
     }
 
@@ -246,6 +265,26 @@ impl World {
             }
         }
         view
+    }
+}
+
+/// Moves an object in an index by host; no host is kept without an object.
+fn index_hosts(
+    index: &mut OrdMap<String, BTreeSet<Key>>,
+    key: &Key,
+    old: Option<&NamedHosts>,
+    new: Option<&NamedHosts>,
+) {
+    for host in old.into_iter().flat_map(|hosts| &hosts.hosts) {
+        if let Some(keys) = index.get_mut(host) {
+            keys.remove(key);
+            if keys.is_empty() {
+                index.remove(host);
+            }
+        }
+    }
+    for host in new.into_iter().flat_map(|hosts| &hosts.hosts) {
+        index.entry(host.clone()).or_default().insert(key.clone());
     }
 }
 

@@ -1,0 +1,378 @@
+//! Keeps the [`World`] current: takes in what the watches report, publishes the next snapshot and says which fences to
+//! look at again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fenceline_crds::ServiceFence;
+use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
+use kube::runtime::reflector;
+use kube::runtime::watcher::Event;
+use tokio::sync::{mpsc, watch};
+
+use super::feed::{BACKLOG, fence_of};
+use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
+use crate::fence::select::fences_of_pod;
+use crate::metrics::Metrics;
+
+/// What changed, already cut to what the world keeps.
+#[derive(Debug)]
+pub(super) enum Change {
+    Namespace(String, Option<BTreeMap<String, String>>),
+    Service(Key, Option<ServiceFacts>),
+    ServiceEntry(Key, Option<NamedHosts>),
+    VirtualService(Key, Option<NamedHosts>),
+    /// A policy, and whether Fenceline wrote it.
+    Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
+    Pod(Key, Option<PodFacts>),
+    /// A host that lost its protection has lost it everywhere.
+    Forgotten(String),
+    /// A policy that was taken away is no longer in force anywhere.
+    Retired(Key),
+    /// How many endpoints of the global proxy are ready, by slice.
+    GlobalProxy(Key, Option<usize>),
+    /// Time to see whether it came back.
+    LookForGlobalProxy,
+    Sidecar(Key, Option<Box<Sidecar>>),
+    EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
+    Fence(Key, Option<Box<ServiceFence>>),
+    /// A watch has delivered all there is.
+    Synced(&'static str),
+}
+
+/// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
+const RETIREMENT: Duration = Duration::from_secs(15);
+
+/// How long the global proxy may be without endpoints before every fence says so.
+const GONE_AFTER: Duration = Duration::from_secs(5);
+
+/// Which fences a change concerns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Concerned {
+    pub all: bool,
+    /// All of these namespaces.
+    pub namespaces: BTreeSet<String>,
+    pub fences: BTreeSet<Key>,
+    /// Those that find Services by label.
+    pub with_selectors: bool,
+}
+
+pub(super) struct WorldTask {
+    pub world: World,
+    pub publish: watch::Sender<Arc<World>>,
+    pub concern: mpsc::UnboundedSender<Concerned>,
+    pub sync: watch::Sender<bool>,
+    pub writer: reflector::store::Writer<ServiceFence>,
+    pub waiting: BTreeSet<&'static str>,
+    pub changes: mpsc::Sender<Change>,
+    pub root_namespace: String,
+    /// How many policies were taken away so far.
+    pub retired: u64,
+}
+
+impl WorldTask {
+    /// Takes in whatever is there, publishes once, goes on.
+    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Change>, metrics: Arc<Metrics>) {
+        let mut batch = Vec::new();
+        while inbox.recv_many(&mut batch, BACKLOG).await > 0 {
+            let mut concerned = Concerned::default();
+            for change in batch.drain(..) {
+                self.take(change, &mut concerned);
+            }
+            metrics.observe_world(&self.world);
+            self.publish.send_replace(Arc::new(self.world.clone()));
+            // Before everything is listed, half a mesh would look like a small one.
+            if self.waiting.is_empty() {
+                if !*self.sync.borrow() {
+                    concerned.all = true;
+                    self.sync.send_replace(true);
+                }
+                if concerned != Concerned::default() && self.concern.send(concerned).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, change: Change, concerned: &mut Concerned) {
+        match change {
+            Change::Namespace(name, labels) => self.namespace(name, labels, concerned),
+            Change::Service(key, facts) => self.service(&key, facts, concerned),
+            Change::ServiceEntry(key, hosts) => {
+                let old = self.world.service_entries.get(&key).map(AsRef::as_ref);
+                if old != hosts.as_ref() {
+                    let both = [old, hosts.as_ref()].into_iter().flatten();
+                    let changed = both.flat_map(|hosts| hosts.hosts.clone()).collect();
+                    self.change_hosts(changed, |world| world.set_service_entry(&key, hosts));
+                    concerned.all = true;
+                }
+            }
+            Change::VirtualService(key, hosts) => {
+                let old = self.world.virtual_services.get(&key).map(AsRef::as_ref);
+                if old != hosts.as_ref() {
+                    let mut changed = self.world.hosts_routed_by(&key);
+                    changed.extend(hosts.iter().flat_map(|hosts| hosts.hosts.clone()));
+                    self.change_hosts(changed, |world| world.set_virtual_service(&key, hosts));
+                    concerned.all = true;
+                }
+            }
+            Change::Policy(key, facts, ours) => {
+                let old = self.world.policies.get(&key).map(AsRef::as_ref);
+                if old != facts.as_ref() {
+                    let named = |facts: Option<&PolicyFacts>| {
+                        facts.filter(|facts| !facts.callers.is_empty()).cloned()
+                    };
+                    concerned.all |= named(old) != named(facts.as_ref());
+                    if let Some(old) = old.filter(|old| old.by_source) {
+                        let old = PolicyFacts {
+                            callers: BTreeSet::new(),
+                            ..old.clone()
+                        };
+                        self.retire(&key, old);
+                    }
+                    set(&mut self.world.policies, key.clone(), facts.map(Box::new));
+                }
+                set(&mut self.world.own_policies, key, ours);
+            }
+            Change::Forgotten(host) => self.world.forget(&host),
+            Change::Retired(key) => drop(self.world.policies.remove(&key)),
+            Change::GlobalProxy(key, ready) => {
+                let slices = &mut self.world.global_proxy;
+                match ready {
+                    Some(ready) => drop(slices.insert(key, ready)),
+                    None => drop(slices.remove(&key)),
+                }
+                self.look_for_global_proxy(concerned);
+            }
+            Change::LookForGlobalProxy => {
+                let gone = self.world.global_proxy_endpoints() == 0;
+                concerned.all |= gone && !self.world.global_proxy_gone;
+                self.world.global_proxy_gone |= gone;
+            }
+            Change::Pod(key, facts) => {
+                let old = self.world.pods.get(&key).map(AsRef::as_ref);
+                if old != facts.as_ref() {
+                    // Policies name callers by what their pods run as.
+                    let runs_as = |facts: Option<&PodFacts>| {
+                        facts.map(|facts| (facts.service_account.clone(), facts.labels.clone()))
+                    };
+                    if runs_as(old) != runs_as(facts.as_ref()) {
+                        for facts in [old, facts.as_ref()].into_iter().flatten() {
+                            let fences = fences_of_pod(&self.world, &key.namespace, facts);
+                            concerned.fences.extend(fences);
+                        }
+                    }
+                    self.world.set_pod(&key, facts);
+                }
+            }
+            Change::Sidecar(key, object) => {
+                let old = self.world.sidecars.get(&key).map(AsRef::as_ref);
+                for sidecar in [old, object.as_deref()].into_iter().flatten() {
+                    match fence_of(sidecar) {
+                        Some(fence) => drop(concerned.fences.insert(fence)),
+                        // Somebody else's may be in the way of any fence beside it.
+                        None => drop(concerned.namespaces.insert(key.namespace.clone())),
+                    }
+                }
+                set(&mut self.world.sidecars, key, object);
+            }
+            Change::EnvoyFilter(key, object) => {
+                let old = self.world.envoy_filters.get(&key).map(AsRef::as_ref);
+                let both = [old, object.as_deref()].into_iter().flatten();
+                concerned.fences.extend(both.filter_map(fence_of));
+                set(&mut self.world.envoy_filters, key, object);
+            }
+            Change::Fence(key, object) => {
+                concerned.fences.insert(key.clone());
+                let event = match (&object, self.world.fences.get(&key)) {
+                    (Some(fence), _) => Some(Event::Apply(fence.as_ref().clone())),
+                    (None, Some(gone)) => Some(Event::Delete(gone.as_ref().clone())),
+                    (None, None) => None,
+                };
+                if let Some(event) = event {
+                    self.writer.apply_watcher_event(&event);
+                }
+                set(&mut self.world.fences, key, object);
+            }
+            Change::Synced(kind) => {
+                if kind == "EndpointSlice" {
+                    self.look_for_global_proxy(concerned);
+                }
+                if kind == "ServiceFence" {
+                    // The store takes only what comes between these two; it holds all fences already.
+                    self.writer.apply_watcher_event(&Event::Init);
+                    for fence in self.world.fences.values() {
+                        self.writer
+                            .apply_watcher_event(&Event::InitApply(fence.as_ref().clone()));
+                    }
+                    self.writer.apply_watcher_event(&Event::InitDone);
+                }
+                self.waiting.remove(kind);
+            }
+        }
+    }
+
+    /// It is back as soon as it is, and gone once it was for a while.
+    fn look_for_global_proxy(&mut self, concerned: &mut Concerned) {
+        if self.world.global_proxy_endpoints() > 0 {
+            concerned.all |= self.world.global_proxy_gone;
+            self.world.global_proxy_gone = false;
+            return;
+        }
+        self.after(GONE_AFTER, Change::LookForGlobalProxy);
+    }
+
+    /// Changes what `hosts` are or lead to. A host that was protected until now stays so for as long as some proxy may
+    /// still go by the old state.
+    fn change_hosts(&mut self, hosts: BTreeSet<String>, change: impl FnOnce(&mut World)) {
+        let root = self.root_namespace.clone();
+        let known = hosts.into_iter().filter(|host| self.world.knows(host));
+        let protected: Vec<(String, Key)> = known
+            .filter_map(|host| Some((self.world.protection_now(&root, &host)?, host)))
+            .map(|(policy, host)| (host, policy))
+            .collect();
+        change(&mut self.world);
+        for (host, policy) in protected {
+            if self.world.protection_now(&root, &host).is_none() {
+                self.world.linger(&host, policy);
+                self.after(RETIREMENT, Change::Forgotten(host));
+            }
+        }
+    }
+
+    fn after(&self, time: Duration, change: Change) {
+        let changes = self.changes.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            // The world's task ends with the process.
+            let _ = changes.send(change).await;
+        });
+    }
+
+    /// Keeps what a policy said for as long as some proxy may still go by it: a host that asks who is calling must not
+    /// be called under another identity while it does.
+    fn retire(&mut self, key: &Key, old: PolicyFacts) {
+        self.retired += 1;
+        // No object can have this name.
+        let name = format!("{}#{}", key.name, self.retired);
+        let key = Key::new(&*key.namespace, name);
+        self.world.policies.insert(key.clone(), Arc::new(old));
+        self.after(RETIREMENT, Change::Retired(key));
+    }
+
+    fn namespace(
+        &mut self,
+        name: String,
+        labels: Option<BTreeMap<String, String>>,
+        concerned: &mut Concerned,
+    ) {
+        let old = self.world.namespaces.get(&name);
+        // The redirect lists the namespaces that exist.
+        concerned.all |= old.is_some() != labels.is_some();
+        concerned.with_selectors |= old.map(AsRef::as_ref) != labels.as_ref();
+        match labels {
+            Some(labels) => drop(self.world.namespaces.insert(name, Arc::new(labels))),
+            None => drop(self.world.namespaces.remove(&name)),
+        }
+    }
+
+    fn service(&mut self, key: &Key, facts: Option<ServiceFacts>, concerned: &mut Concerned) {
+        let old = self.world.services.get(key);
+        if old.map(AsRef::as_ref) == facts.as_ref() {
+            return;
+        }
+        let in_every_scope = |facts: Option<&ServiceFacts>| {
+            facts
+                .filter(|facts| facts.needs_scope)
+                .map(|facts| facts.export_to.clone())
+        };
+        let before = in_every_scope(old.map(AsRef::as_ref));
+        concerned.all |= before != in_every_scope(facts.as_ref());
+        concerned.namespaces.insert(key.namespace.clone());
+        concerned.with_selectors = true;
+        let ranges: Vec<_> = self.world.service_ranges().collect();
+        let fqdn = self.world.fqdn(key);
+        self.change_hosts([fqdn].into(), |world| world.set_service(key, facts));
+        // The redirect lists them.
+        concerned.all |= !self.world.service_ranges().eq(ranges);
+    }
+}
+
+fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) {
+    match value {
+        Some(value) => drop(map.insert(key, Arc::from(value))),
+        None => drop(map.remove(&key)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{policy, service, settings, virtual_service, world};
+
+    fn task(world: World) -> WorldTask {
+        let (changes, _) = mpsc::channel(1);
+        WorldTask {
+            world,
+            publish: watch::channel(Arc::new(World::new("cluster.local"))).0,
+            concern: mpsc::unbounded_channel().0,
+            sync: watch::channel(true).0,
+            writer: reflector::store().1,
+            waiting: BTreeSet::new(),
+            changes,
+            root_namespace: settings().root_namespace,
+            retired: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn protection_outlives_the_change_that_ends_it() {
+        let mut mesh = world();
+        service(&mut mesh, "bank", "vault", "{}");
+        let rule = "{rules: [{from: [{source: {namespaces: [shop]}}]}], \
+                    selector: {matchLabels: {app: vault}}}";
+        policy(&mut mesh, "bank", "vault", rule);
+        let front = "{hosts: [front], http: [{route: [{destination: {host: vault}}]}]}";
+        virtual_service(&mut mesh, "bank", "front", front);
+        let root = settings().root_namespace;
+        let mut task = task(mesh);
+        let protected = |task: &WorldTask, host| task.world.protection(&root, host).is_some();
+        let take = |task: &mut WorldTask, change| task.take(change, &mut Concerned::default());
+        let front = "front.bank.svc.cluster.local";
+        let vault = "vault.bank.svc.cluster.local";
+        assert!(protected(&task, front) && protected(&task, vault));
+
+        // Neither the route nor the Service leads to the vault's pods any more; some proxies do not know yet.
+        let elsewhere = NamedHosts {
+            hosts: [front.to_owned()].into(),
+            ..NamedHosts::default()
+        };
+        let key = Key::new("bank", "front");
+        take(&mut task, Change::VirtualService(key, Some(elsewhere)));
+        let other = ServiceFacts {
+            selector: [("app".to_owned(), "other".to_owned())].into(),
+            ..ServiceFacts::default()
+        };
+        take(
+            &mut task,
+            Change::Service(Key::new("bank", "vault"), Some(other)),
+        );
+        assert!(protected(&task, front) && protected(&task, vault));
+
+        let new = Change::Service(
+            Key::new("bank", "new"),
+            Some(ServiceFacts {
+                selector: [("app".to_owned(), "new".to_owned())].into(),
+                ..ServiceFacts::default()
+            }),
+        );
+        take(&mut task, new);
+        assert!(!protected(&task, "new.bank.svc.cluster.local"));
+
+        take(&mut task, Change::Forgotten(front.to_owned()));
+        assert!(!protected(&task, front) && protected(&task, vault));
+        take(&mut task, Change::Forgotten(vault.to_owned()));
+        assert!(!protected(&task, vault));
+    }
+}
