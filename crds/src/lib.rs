@@ -2,15 +2,22 @@
 //!
 //! Kubernetes versions of `k8s-openapi` are chosen by the workspace.
 
+mod fence_policy;
 pub mod istio;
+mod period;
 mod service_fence;
 
+pub use fence_policy::{
+    FencePolicy, FencePolicySpec, FencePolicyStatus, Granularity, Promote, Template,
+};
+pub use period::period;
 pub use service_fence::{
-    Dependency, Evidence, FirstCall, FirstCallPolicy, GrpcFirstCall, LearntDependency, Mode,
-    Otherwise, Scope, Selector, ServiceFence, ServiceFenceSpec, ServiceFenceStatus,
-    ServiceSelector, UnresolvedHost, Workload,
+    Alias, Dependency, Evidence, FirstCall, FirstCallPolicy, GrpcFirstCall, LearntDependency, Mode,
+    NonHttp, Otherwise, Retention, Scope, Selector, ServiceFence, ServiceFenceSpec,
+    ServiceFenceStatus, ServiceSelector, UnresolvedHost, Workload,
 };
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
 
 /// The CustomResourceDefinitions, each with the name of its file.
@@ -18,9 +25,12 @@ use kube::CustomResourceExt;
 /// # Errors
 /// Fails when a schema cannot be written as YAML, which is a defect of this crate.
 pub fn manifests() -> Result<Vec<(String, String)>, serde_yaml::Error> {
-    let crd = ServiceFence::crd();
-    let name = crd.spec.names.plural.clone();
-    Ok(vec![(format!("{name}.yaml"), serde_yaml::to_string(&crd)?)])
+    let crds = [ServiceFence::crd(), FencePolicy::crd()];
+    let manifest = |crd: CustomResourceDefinition| {
+        let name = format!("{}.yaml", crd.spec.names.plural);
+        Ok((name, serde_yaml::to_string(&crd)?))
+    };
+    crds.into_iter().map(manifest).collect()
 }
 
 #[cfg(test)]

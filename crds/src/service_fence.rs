@@ -14,6 +14,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::period;
+
 /// Keeps the Istio configuration of one workload as small as its real dependencies. Fenceline learns what the workload
 /// calls and writes an Istio Sidecar with exactly those hosts; calls to other hosts of the mesh still work, through the
 /// global proxy, and are learnt by that.
@@ -71,9 +73,71 @@ pub struct ServiceFenceSpec {
     #[schemars(length(max = 2000))]
     pub dependencies: Vec<Dependency>,
 
+    /// What is believed. Absent: everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Vec<Evidence>>,
+
     /// What happens to a call to a host that is not in scope yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_call: Option<FirstCall>,
+
+    /// When learnt dependencies are forgotten. Absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
+
+    /// Whether hosts with ports that are not HTTP are in every scope (`Import`), or only where they were seen to be called
+    /// (`Learn`).
+    #[serde(default, rename = "nonHTTP")]
+    pub non_http: NonHttp,
+
+    /// Other hosts that go with certain hosts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
+    pub aliases: Vec<Alias>,
+}
+
+impl ServiceFenceSpec {
+    /// Whether this kind of evidence counts.
+    pub fn believes(&self, evidence: Evidence) -> bool {
+        let believed = self.evidence.as_ref();
+        believed.is_none_or(|believed| believed.contains(&evidence))
+    }
+}
+
+/// When learnt dependencies are forgotten.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Retention {
+    /// Forgets a dependency that was not called for so long, as `720h`; at least `1m`. Needs Prometheus: only who would have
+    /// seen the calls can say that there were none.
+    #[schemars(length(max = 16))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) >= duration('1m')")
+            .message("unusedFor is a length of time of at least 1m, as 720h"),
+    )]
+    pub unused_for: String,
+}
+
+/// What becomes of hosts that the global proxy could not catch calls to, since they have ports that are not HTTP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum NonHttp {
+    /// They are in every scope.
+    #[default]
+    Import,
+    /// They are in scope once they were declared, or seen to be called: by Prometheus, or by the callers' own proxies. A first
+    /// call to one gets what Istio's outboundTrafficPolicy says.
+    Learn,
+}
+
+/// Other hosts that go with certain hosts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+pub struct Alias {
+    /// A regular expression (RE2) that a whole host name fits, as `(?P<svc>[^.]+)[.]svc[.]example`.
+    #[schemars(length(min = 1, max = 500))]
+    pub pattern: String,
+    /// What comes into scope with such a host; `$svc` is what the group of that name stands for, `$0` the whole.
+    #[schemars(length(min = 1, max = 20))]
+    pub hosts: Vec<String>,
 }
 
 /// What happens to a call to a host that is not in scope yet. Absent fields have their defaults.
@@ -108,16 +172,8 @@ pub struct FirstCall {
 impl FirstCall {
     /// How long a call is held in all.
     pub fn hold_for(&self) -> Duration {
-        let text = self.hold_for.as_deref().unwrap_or_default();
-        let (number, unit) = match text.strip_suffix("ms") {
-            Some(number) => (number, 1),
-            None => (text.trim_end_matches('s'), 1000),
-        };
-        number
-            .parse::<u64>()
-            .map_or(Duration::from_secs(1), |number| {
-                Duration::from_millis(number.saturating_mul(unit)).min(Self::LONGEST)
-            })
+        let given = self.hold_for.as_deref().and_then(period);
+        given.map_or(Duration::from_secs(1), |given| given.min(Self::LONGEST))
     }
 
     /// The longest that any call is held.
@@ -162,9 +218,12 @@ pub enum GrpcFirstCall {
 /// The pods of a fence: by a Service or by labels.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[x_kube(
-    validation = Rule::new("has(self.service) != has(self.selector)")
-        .message("give either service or selector, and not both"),
+    validation = Rule::new(
+        "[has(self.service), has(self.selector), has(self.wholeNamespace) && self.wholeNamespace].filter(x, x).size() == 1"
+    )
+        .message("give one of service, selector and wholeNamespace"),
 )]
+#[serde(rename_all = "camelCase")]
 pub struct Workload {
     /// The Service of this namespace whose pods are fenced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,6 +233,10 @@ pub struct Workload {
     /// The labels of the pods that are fenced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<Selector>,
+
+    /// Every pod of the namespace, but for those with a Sidecar of their own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub whole_namespace: bool,
 }
 
 /// Pods by their labels. Istio's Sidecar selects by equality alone, and so does this.
@@ -288,6 +351,10 @@ pub struct Scope {
 pub enum Evidence {
     /// The global proxy saw the workload call it.
     GlobalProxy,
+    /// Prometheus has counted requests or connections of the workload to it.
+    Prometheus,
+    /// The access logs of the workload's own proxies show connections to it.
+    AccessLog,
     /// An AuthorizationPolicy of the host allows the workload to call it, by name. Goes when the policy does.
     AuthorizationPolicy,
 }

@@ -68,16 +68,16 @@ impl Lab {
         Ok(api.get_opt(&format!("fenceline-{}", fence.1)).await?)
     }
 
-    /// The hosts of the fence's Sidecar.
+    /// The hosts that the fence's Sidecar gives routes.
     ///
     /// # Errors
     /// Fails when there is none.
     pub async fn scope(&self, fence: Name<'_>) -> anyhow::Result<Vec<String>> {
         let sidecar = self.sidecar(fence).await?.context("no Sidecar")?;
-        Ok(sidecar
-            .spec
-            .egress
-            .into_iter()
+        let listeners = sidecar.spec.egress.into_iter();
+        // One with a port has what is on its way in or out.
+        Ok(listeners
+            .filter(|listener| !listener.other.contains_key("port"))
             .flat_map(|listener| listener.hosts)
             .collect())
     }

@@ -197,7 +197,8 @@ fn two_operators_answer_whoever_leads_and_first_calls_at_once_share_a_write() {
         }
         let written = generation(lab).await?.zip(before);
         anyhow::ensure!(
-            written.is_some_and(|(after, before)| after == before + 1),
+            // Its clusters, then its routes.
+            written.is_some_and(|(after, before)| after == before + 2),
             "{written:?}"
         );
         for name in &names[1..] {

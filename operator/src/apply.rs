@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Service;
@@ -39,6 +40,8 @@ pub enum Error {
     },
     #[error("{kind} {object} is not ours")]
     NotOurs { kind: &'static str, object: Key },
+    #[error("{kind} {object} is gone")]
+    Gone { kind: &'static str, object: Key },
 }
 
 /// A kind that Fenceline writes whole: objects with a spec.
@@ -85,6 +88,15 @@ impl Owned for AuthorizationPolicy {
     }
 }
 
+impl Owned for ServiceFence {
+    type Spec = fenceline_crds::ServiceFenceSpec;
+    const KIND: &'static str = "ServiceFence";
+
+    fn spec(&self) -> &Self::Spec {
+        &self.spec
+    }
+}
+
 /// Writes objects.
 #[derive(Clone)]
 pub struct Writer {
@@ -97,11 +109,12 @@ impl Writer {
         Self { client, metrics }
     }
 
-    /// Makes the object in the cluster be `want`, where `have` is what the watch last saw. Says whether it wrote.
+    /// Makes the object in the cluster be `want`, where `have` is what the watch last saw. Gives what was written, if that
+    /// was necessary.
     ///
     /// # Errors
-    /// Fails when somebody else's object has this name, or when the API refuses.
-    pub async fn ensure<K: Owned>(&self, want: &K, have: Option<&K>) -> Result<bool, Error> {
+    /// Fails when somebody else's object has this name, when `want` is of a uid that is gone, or when the API refuses.
+    pub async fn ensure<K: Owned>(&self, want: &K, have: Option<&K>) -> Result<Option<K>, Error> {
         let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
         // To apply by force is to take over, so an object that the watch has not shown yet is looked for first.
@@ -116,12 +129,21 @@ impl Writer {
                     object,
                 });
             }
-            Some(have) if is_as_wanted(have, want) => return Ok(false),
+            Some(have) if is_as_wanted(have, want) => return Ok(None),
             _ => {}
         }
         let params = PatchParams::apply(MANAGER).force();
         let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
-        let written = self.done(K::KIND, "apply", &object, written)?;
+        if let Err(kube::Error::Api(status)) = &written
+            && status.is_conflict()
+            && want.uid().is_some()
+        {
+            return Err(Error::Gone {
+                kind: K::KIND,
+                object,
+            });
+        }
+        let mut written = self.done(K::KIND, "apply", &object, written)?;
         if !same_spec(&written, want) {
             // Apply leaves alone what another manager added, and a fence's objects are the fence's alone.
             let rest = undo(&written, want);
@@ -131,9 +153,9 @@ impl Writer {
             };
             let patch = Patch::<()>::Json(rest);
             let patched = within(api.patch(&object.name, &params, &patch)).await;
-            self.done(K::KIND, "apply", &object, patched)?;
+            written = self.done(K::KIND, "apply", &object, patched)?;
         }
-        Ok(true)
+        Ok(Some(written))
     }
 
     async fn live<K: Owned>(&self, api: &Api<K>, object: &Key) -> Result<Option<K>, Error> {

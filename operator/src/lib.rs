@@ -13,6 +13,7 @@ pub mod global_proxy;
 pub mod leader;
 pub mod metrics;
 pub mod observe;
+pub mod policy;
 pub mod ports;
 pub mod run;
 pub mod status;

@@ -168,6 +168,7 @@ impl Metrics {
             ("Sidecar", world.sidecars.len()),
             ("EnvoyFilter", world.envoy_filters.len()),
             ("ServiceFence", world.fences.len()),
+            ("FencePolicy", world.fence_policies.len()),
         ] {
             let count = i64::try_from(count).unwrap_or(i64::MAX);
             self.objects.get_or_create(&kind(name)).set(count);

@@ -18,7 +18,7 @@ use crate::apply::Writer;
 use crate::args::{LogFormat, Run};
 use crate::clock;
 use crate::deputy;
-use crate::fence::{self, Settings, learn::Learner};
+use crate::fence::{self, Settings, arrival::Arrivals, learn::Learner};
 use crate::global_proxy as global_proxy_health;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
@@ -27,6 +27,8 @@ use crate::observe::ext_authz::ExtAuthz;
 use crate::observe::hold::{Holder, Limits};
 use crate::observe::identity::Identity;
 use crate::observe::peer::Door;
+use crate::observe::proxy::Eyes;
+use crate::policy;
 use crate::ports;
 use crate::status::StatusWriter;
 use crate::world::feed::{self, Feed};
@@ -113,12 +115,18 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         per_caller: held_per_caller,
         in_all: held_in_all,
     };
+    let eyes = Arc::new(Eyes::default());
     let ext_authz = ExtAuthz {
         door,
         world: world.clone(),
         settings: settings.clone(),
         learner: Arc::clone(&learner),
-        holder: Holder::new(world.clone(), Arc::clone(&metrics), limits),
+        holder: Holder::new(
+            world.clone(),
+            Arc::clone(&metrics),
+            limits,
+            Arc::clone(&eyes),
+        ),
         metrics: Arc::clone(&metrics),
         clock: clock::system,
     };
@@ -142,6 +150,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     ));
 
     let writer = Writer::new(client.clone(), Arc::clone(&metrics));
+    let (arrivals, mut arrived) = Arrivals::new(eyes);
     let context = Arc::new(fence::Context {
         world: world.clone(),
         writer: writer.clone(),
@@ -150,8 +159,16 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         settings: settings.clone(),
         metrics: Arc::clone(&metrics),
         clock: clock::system,
+        arrivals,
+        recent: fence::Recent::default(),
         failures: std::sync::Mutex::default(),
     });
+    let policies = policy::Context {
+        writer: writer.clone(),
+        status: Arc::clone(&context.status),
+        settings: settings.clone(),
+        clock: clock::system,
+    };
     let candidate = Candidate::stand(client.clone(), namespace, name);
     let mut leads = candidate.leads.clone();
     let work = async {
@@ -167,10 +184,11 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
             tracing::info!("this replica acts");
             tokio::select! {
                 () = wait_until_not(&mut leads) => {}
-                () = fence::run(Arc::clone(&context), fences.clone(), &mut concerned) => {}
+                () = fence::run(Arc::clone(&context), fences.clone(), &mut concerned, &mut arrived) => {}
                 () = ports::run(world.clone(), writer.clone(), settings.clone()) => {}
                 () = global_proxy_health::run(world.clone(), Arc::clone(&context.status), settings.clone()) => {}
                 () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
+                () = policy::run(world.clone(), &policies) => {}
             }
             metrics.leader.set(0);
             tracing::warn!("this replica no longer acts");

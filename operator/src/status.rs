@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fenceline_crds::{ServiceFence, ServiceFenceStatus};
+use fenceline_crds::{FencePolicy, FencePolicyStatus, ServiceFence, ServiceFenceStatus};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -61,7 +61,7 @@ impl StatusWriter {
         let seen = world.fences.get(key)?;
         let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         match latest.get(key) {
-            Some(written) if is_newer(written, seen) => Some(Arc::clone(written)),
+            Some(written) if is_newer(written.as_ref(), seen.as_ref()) => Some(Arc::clone(written)),
             _ => {
                 latest.remove(key);
                 Some(Arc::clone(seen))
@@ -130,6 +130,25 @@ impl StatusWriter {
         Err(Error::Contended { fence: key.clone() })
     }
 
+    /// Writes the status of a policy, which the leader alone does.
+    ///
+    /// # Errors
+    /// Fails when the API refuses.
+    pub async fn policy(&self, name: &str, status: FencePolicyStatus) -> kube::Result<()> {
+        let patch = json!({
+            "apiVersion": FencePolicy::api_version(&()),
+            "kind": FencePolicy::kind(&()),
+            "metadata": {"name": name},
+            "status": status,
+        });
+        let api: Api<FencePolicy> = Api::all(self.client.clone());
+        let params = PatchParams::apply(MANAGER).force();
+        let written = within(api.patch_status(name, &params, &Patch::Apply(patch))).await;
+        let outcome = write("FencePolicy/status", "apply", written.is_ok());
+        self.metrics.writes.get_or_create(&outcome).inc();
+        written.map(drop)
+    }
+
     /// Publishes an event about an object. Events are for people: one that is lost is logged, no more.
     pub async fn event(&self, about: &ObjectReference, warning: bool, reason: &str, note: String) {
         let event = Event {
@@ -163,13 +182,13 @@ impl StatusWriter {
 
 /// Resource versions of one kind can be compared since Kubernetes 1.35, and before that were numbers all the same
 /// (KEP-5504).
-fn is_newer(a: &ServiceFence, b: &ServiceFence) -> bool {
-    let version = |fence: &ServiceFence| {
-        fence
+pub(crate) fn is_newer<K: Resource>(a: &K, b: &K) -> bool {
+    let version = |object: &K| {
+        object
             .resource_version()
             .and_then(|version| version.parse::<u64>().ok())
     };
-    a.uid() == b.uid() && version(a) > version(b)
+    a.meta().uid == b.meta().uid && version(a) > version(b)
 }
 
 /// One condition to be set.

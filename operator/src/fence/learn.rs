@@ -95,10 +95,9 @@ impl Learner {
     pub fn saw(&self, world: &World, fence: &Key, fqdn: &str, received: Instant) -> Noted {
         // Seconds are enough for people to read.
         let now = (self.clock)().round(Unit::Second).unwrap_or_default();
-        let known = world
-            .fences
-            .get(fence)
-            .is_some_and(|fence| is_known(fence, fqdn, now));
+        let known = world.fences.get(fence).is_none_or(|fence| {
+            !fence.spec.believes(Evidence::GlobalProxy) || is_known(fence, fqdn, now)
+        });
         if known {
             return Noted::Known;
         }

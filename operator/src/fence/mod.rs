@@ -1,5 +1,6 @@
 //! The controller of fences: gather (the world), plan, apply, status. Learning feeds it through the fences' own status.
 
+pub mod arrival;
 pub mod learn;
 pub mod plan;
 #[cfg(test)]
@@ -7,15 +8,15 @@ mod plan_tests;
 pub mod redirect;
 mod said;
 pub mod select;
+pub mod stage;
+mod write;
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use futures::{Stream, StreamExt};
-use imbl::OrdMap;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{Action, Config, ReconcileRequest, applier};
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -23,19 +24,24 @@ use kube::{Resource, ResourceExt};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
-use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Owned, Writer};
+use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
 use crate::clock::Clock;
+use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
-use crate::fence::plan::{Objects, Plan, Verdict, object_name, plan};
+use crate::fence::plan::{Plan, Verdict, plan};
+pub use crate::fence::write::Recent;
+use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
 use crate::status::{self, StatusWriter};
-use crate::world::feed::{Concerned, fence_of};
+use crate::world::feed::Concerned;
 use crate::world::{Host, Key, World};
 
 /// What was missed is healed this often.
 const RESYNC: Duration = Duration::from_secs(600);
 /// An EnvoyFilter of somebody else's is not watched, so whether it is gone is asked this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// By then the watch shows what was written.
+const SEEN_BY_NOW: Duration = Duration::from_secs(3);
 /// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
@@ -71,15 +77,22 @@ impl Settings {
     }
 }
 
-/// The labels and the owner of a fence's objects: they go when it goes.
-fn owned(fence: &ServiceFence) -> ObjectMeta {
+/// The labels and the owners of a fence's objects. Of two owners the garbage collector waits for both: when the fence goes,
+/// Fenceline takes its objects away in steps, and when the whole kind goes, with Fenceline, they go too.
+fn owned(fence: &ServiceFence, world: &World) -> ObjectMeta {
     let labels = [
         (MANAGED_BY.to_owned(), MANAGER.to_owned()),
         (FENCE_LABEL.to_owned(), fence.name_any()),
     ];
     ObjectMeta {
         labels: Some(labels.into()),
-        owner_references: Some(fence.controller_owner_ref(&()).into_iter().collect()),
+        owner_references: Some(
+            fence
+                .controller_owner_ref(&())
+                .into_iter()
+                .chain(world.definition.clone())
+                .collect(),
+        ),
         ..ObjectMeta::default()
     }
 }
@@ -102,6 +115,8 @@ pub struct Context {
     pub settings: Settings,
     pub metrics: Arc<Metrics>,
     pub clock: Clock,
+    pub arrivals: Arrivals,
+    pub recent: Recent,
     pub failures: std::sync::Mutex<std::collections::HashMap<Key, u32>>,
 }
 
@@ -110,9 +125,11 @@ pub async fn run(
     context: Arc<Context>,
     fences: Store<ServiceFence>,
     concerned: &mut mpsc::UnboundedReceiver<Concerned>,
+    arrived: &mut mpsc::UnboundedReceiver<Key>,
 ) {
     // What came while another replica led is covered by looking at everything once.
     while concerned.try_recv().is_ok() {}
+    while arrived.try_recv().is_ok() {}
     let (queue, requests) = mpsc::unbounded_channel();
     let everything = Concerned {
         all: true,
@@ -121,7 +138,15 @@ pub async fn run(
     enqueue(&context, &everything, &queue);
     let feed = async {
         prune(&context).await;
-        while let Some(concerned) = concerned.recv().await {
+        loop {
+            let concerned = tokio::select! {
+                concerned = concerned.recv() => concerned,
+                fence = arrived.recv() => fence.map(|fence| Concerned {
+                    fences: [fence].into(),
+                    ..Concerned::default()
+                }),
+            };
+            let Some(concerned) = concerned else { return };
             if enqueue(&context, &concerned, &queue) == Fences::Gone || concerned.all {
                 prune(&context).await;
             }
@@ -198,35 +223,6 @@ fn enqueue(
     fences
 }
 
-/// Removes what belongs to fences that are gone. The garbage collector would too, but in any order; here the scope
-/// widens before the redirect goes. What fails is left to it.
-async fn prune(context: &Context) {
-    let world = Arc::clone(&context.world.borrow());
-    let removed = async {
-        remove_orphans(&world.sidecars, &world, context).await?;
-        remove_orphans(&world.envoy_filters, &world, context).await
-    };
-    if let Err(error) = removed.await {
-        tracing::warn!(
-            error = crate::chain(&error),
-            "left to the garbage collector"
-        );
-    }
-}
-
-async fn remove_orphans<K: Owned>(
-    objects: &OrdMap<Key, Arc<K>>,
-    world: &World,
-    context: &Context,
-) -> Result<(), apply::Error> {
-    for object in objects.values() {
-        if fence_of(object.as_ref()).is_some_and(|fence| !world.fences.contains_key(&fence)) {
-            context.writer.remove(object.as_ref()).await?;
-        }
-    }
-    Ok(())
-}
-
 #[tracing::instrument(skip_all, fields(
     kind = "ServiceFence",
     ns = fence.namespace(),
@@ -245,14 +241,14 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     }
     let mut plan = plan(&fence, &world, &context.settings, (context.clock)());
     let mut resync = RESYNC;
-    match apply(&key, &plan, &world, context).await {
+    match carry_out(&key, &plan.verdict, &world, context).await {
         Err(Error::Apply(apply::Error::NotOurs { kind, object })) => {
             plan.verdict = Verdict::NameTaken(kind, object);
-            // A narrow scope without its redirect would break calls.
-            apply(&key, &plan, &world, context).await?;
+            carry_out(&key, &plan.verdict, &world, context).await?;
             resync = LOOK_AGAIN;
         }
-        other => other?,
+        Ok(Progress::LookAgain) => resync = SEEN_BY_NOW,
+        other => drop(other?),
     }
     report(&key, &fence, &plan, &world, context).await?;
     let mut failures = context
@@ -264,59 +260,6 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     Ok(Action::requeue(ends.map_or(resync, |end| {
         end.min(resync).max(Duration::from_millis(1))
     })))
-}
-
-/// The order of writes. Adding: the redirect first, since until the Sidecar narrows the scope it catches nothing, and
-/// from then on every call out of scope needs it. Taking away: the Sidecar first, for the same reason.
-async fn apply(key: &Key, plan: &Plan, world: &World, context: &Context) -> Result<(), Error> {
-    let object = Key::new(&key.namespace, object_name(&key.name));
-    let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
-    let sidecar = world.sidecars.get(&object).map(AsRef::as_ref);
-    if let Verdict::Enforce(objects) = &plan.verdict {
-        let Objects {
-            redirect: want_redirect,
-            sidecar: want_sidecar,
-        } = objects.as_ref();
-        if let Some(want_redirect) = want_redirect {
-            context
-                .writer
-                .ensure::<EnvoyFilter>(want_redirect, redirect)
-                .await?;
-        }
-        if context
-            .writer
-            .ensure::<Sidecar>(want_sidecar, sidecar)
-            .await?
-        {
-            let hosts = want_sidecar
-                .spec
-                .egress
-                .iter()
-                .flat_map(|listener| &listener.hosts);
-            let names = hosts
-                .filter_map(|host| host.split_once('/'))
-                .map(|(_, fqdn)| fqdn);
-            context.learner.stored(key, names);
-        }
-        if want_redirect.is_none() {
-            remove_own(redirect, key, context).await?;
-        }
-        return Ok(());
-    }
-    remove_own(sidecar, key, context).await?;
-    remove_own(redirect, key, context).await
-}
-
-/// Removes an object of the fence's, if it is the fence's.
-async fn remove_own<K: Owned>(
-    object: Option<&K>,
-    fence: &Key,
-    context: &Context,
-) -> Result<(), Error> {
-    if let Some(object) = object.filter(|object| fence_of(*object).as_ref() == Some(fence)) {
-        context.writer.remove(object).await?;
-    }
-    Ok(())
 }
 
 /// Writes the conditions and the scope, and an event where the fence's state changed.

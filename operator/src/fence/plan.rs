@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fenceline_crds::istio::{EgressListener, EnvoyFilter, Sidecar, SidecarSpec, WorkloadSelector};
-use fenceline_crds::{Evidence, LearntDependency, Mode, Scope, ServiceFence, ServiceSelector};
+use fenceline_crds::{
+    Evidence, LearntDependency, Mode, NonHttp, Scope, ServiceFence, ServiceSelector,
+};
 use jiff::{SignedDuration, Timestamp};
 use kube::api::ObjectMeta;
 use kube::core::{Selector, SelectorExt};
+use regex::Regex;
 
 use super::redirect::redirect;
 use super::select::{self, Labels, NoPods};
@@ -69,11 +72,11 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
             _ if fence.spec.mode == Mode::Observe => Verdict::Observe,
             _ => Verdict::Enforce(Box::new(Objects {
                 redirect: redirect(fence, &labels, world, settings).map(|spec| EnvoyFilter {
-                    metadata: metadata(fence),
+                    metadata: metadata(fence, world),
                     spec,
                 }),
                 sidecar: Sidecar {
-                    metadata: metadata(fence),
+                    metadata: metadata(fence, world),
                     spec: sidecar(labels, &scoped.hosts),
                 },
             })),
@@ -89,23 +92,28 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
     }
 }
 
-fn metadata(fence: &ServiceFence) -> ObjectMeta {
+fn metadata(fence: &ServiceFence, world: &World) -> ObjectMeta {
     let name = fence.metadata.name.clone().unwrap_or_default();
     ObjectMeta {
         name: Some(object_name(&name)),
         namespace: fence.metadata.namespace.clone(),
-        ..owned(fence)
+        ..owned(fence, world)
     }
+}
+
+/// Absent for a whole namespace.
+pub(super) fn selector(labels: Labels) -> Option<WorkloadSelector> {
+    (!labels.is_empty()).then(|| WorkloadSelector {
+        labels,
+        ..WorkloadSelector::default()
+    })
 }
 
 /// Exact hosts only: one wildcard would make istiod look at every service of the mesh (istio#60473). Never an empty
 /// list, which would mean everything (istio#59376): the global proxy is always in it.
 fn sidecar(labels: Labels, hosts: &BTreeSet<Host>) -> SidecarSpec {
     SidecarSpec {
-        workload_selector: Some(WorkloadSelector {
-            labels,
-            ..WorkloadSelector::default()
-        }),
+        workload_selector: selector(labels),
         egress: vec![EgressListener {
             hosts: hosts.iter().map(Host::to_string).collect(),
             ..EgressListener::default()
@@ -137,6 +145,10 @@ fn selects(sidecar: &Sidecar, labels: &Labels, namespace: &str, world: &World) -
     let Some(selector) = &sidecar.spec.workload_selector else {
         return true;
     };
+    if labels.is_empty() {
+        // For its own pods it comes before one for the whole namespace.
+        return false;
+    }
     let theirs = &selector.labels;
     let shared = || {
         select::pods_in(world, namespace)
@@ -164,7 +176,10 @@ fn scope(
 ) -> Scoped {
     let view = world.view(namespace);
     let mut scoped = Scoped::default();
-    let mut always = view.always.clone();
+    let mut always = match fence.spec.non_http {
+        NonHttp::Import => view.always.clone(),
+        NonHttp::Learn => view.always.difference(&view.non_http).cloned().collect(),
+    };
     always.insert(settings.global_proxy());
     scoped.counts.always = count(always.len());
 
@@ -207,6 +222,11 @@ fn scope(
             }
         }
     }
+    let known = learnt.iter().chain(&named).chain(&declared);
+    let known: BTreeSet<&str> = known.map(|host| host.fqdn.as_str()).collect();
+    let (implied, remarks) = aliases(fence, &known, namespace, world);
+    declared.extend(implied);
+    scoped.remarks.extend(remarks);
     scoped.counts.declared = count(
         declared
             .iter()
@@ -236,7 +256,10 @@ fn learnt<'a>(
 ) -> impl Iterator<Item = Host> {
     let dependencies = fence.status.iter().flat_map(|status| &status.dependencies);
     // What only a policy says is worked out from the policies of this moment.
-    let seen = |learnt: &&LearntDependency| learnt.evidence != [Evidence::AuthorizationPolicy];
+    let seen = |learnt: &&LearntDependency| {
+        let mut evidence = learnt.evidence.iter();
+        evidence.any(|kind| *kind != Evidence::AuthorizationPolicy && fence.spec.believes(*kind))
+    };
     dependencies
         .filter(seen)
         .flat_map(move |learnt| hosts_named(world, namespace, &learnt.host))
@@ -255,6 +278,9 @@ fn named(
     let Ok(labels) = select::labels(fence, world) else {
         return BTreeSet::new();
     };
+    if !fence.spec.believes(Evidence::AuthorizationPolicy) {
+        return BTreeSet::new();
+    }
     let trust_domain = &settings.trust_domain;
     let identities: BTreeSet<String> = select::pods_in(world, namespace)
         .filter(|pod| select::matches(&labels, &pod.labels))
@@ -274,6 +300,37 @@ fn named(
         .take(MOST_NAMED)
         .flat_map(|service| world.providers(namespace, &world.fqdn(service)))
         .collect()
+}
+
+/// The hosts that go with those that are `known`, and aliases that mean nothing, each with why.
+fn aliases(
+    fence: &ServiceFence,
+    known: &BTreeSet<&str>,
+    namespace: &str,
+    world: &World,
+) -> (BTreeSet<Host>, Vec<String>) {
+    let mut implied = BTreeSet::new();
+    let mut remarks = Vec::new();
+    for (index, alias) in fence.spec.aliases.iter().enumerate() {
+        let pattern = match Regex::new(&format!("^(?:{})$", alias.pattern)) {
+            Ok(pattern) => pattern,
+            Err(error) => {
+                remarks.push(format!("spec.aliases[{index}].pattern: {error}"));
+                continue;
+            }
+        };
+        for found in known.iter().filter_map(|host| pattern.captures(host)) {
+            for template in &alias.hosts {
+                let mut host = String::new();
+                found.expand(template, &mut host);
+                match declared_host(world, namespace, &host) {
+                    Ok(hosts) => implied.extend(hosts),
+                    Err(why) => remarks.push(format!("spec.aliases[{index}].hosts {host}: {why}")),
+                }
+            }
+        }
+    }
+    (implied, remarks)
 }
 
 /// The hosts that a full name stands for in a Sidecar.

@@ -5,11 +5,12 @@
 
 use std::collections::BTreeSet;
 
-use fenceline_crds::istio::{EnvoyFilterSpec, WorkloadSelector};
+use fenceline_crds::istio::EnvoyFilterSpec;
 use fenceline_crds::{FirstCallPolicy, ServiceFence};
 use serde_json::{Value, json};
 
 use super::Settings;
+use super::plan::selector;
 use super::select::Labels;
 use crate::world::World;
 
@@ -73,10 +74,7 @@ pub(super) fn redirect(
         ],
     };
     Some(EnvoyFilterSpec {
-        workload_selector: Some(WorkloadSelector {
-            labels: labels.clone(),
-            ..Default::default()
-        }),
+        workload_selector: selector(labels.clone()),
         config_patches: CATCH_ALL
             .iter()
             .flat_map(|vhost| routes.iter().map(|route| insert_first(vhost, route)))

@@ -19,12 +19,15 @@ pub enum NoPods {
     ServiceWithoutSelector(String),
 }
 
-/// The labels of the fence's pods; never empty, since an empty selector means every pod of the namespace.
+/// The labels of the fence's pods; none for a whole namespace, since an empty selector means just that.
 ///
 /// # Errors
 /// Says why there are none.
 pub fn labels(fence: &ServiceFence, world: &World) -> Result<Labels, NoPods> {
     let workload = fence.spec.workload.clone().unwrap_or_default();
+    if workload.whole_namespace {
+        return Ok(Labels::new());
+    }
     if let Some(selector) = workload.selector
         && !selector.match_labels.is_empty()
     {

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use fenceline_crds::{FirstCall, FirstCallPolicy, GrpcFirstCall, Mode, Otherwise};
+use fenceline_crds::{Evidence, FirstCall, FirstCallPolicy, GrpcFirstCall, Mode, Otherwise};
 
 use super::identity::Identity;
 use super::resolve::{Unresolved, fences_of_caller, resolve};
@@ -173,7 +173,13 @@ fn answer(
     if asked.port == Port::Forward {
         return forward;
     }
+    let learns = enforced.iter().any(|key| {
+        let spec = &world.fences[*key].spec;
+        spec.believes(Evidence::GlobalProxy)
+    });
+    // Nobody waits for what will not come.
     let hold = policy == FirstCallPolicy::Hold
+        && (learns || enforced.is_empty())
         && !(asked.grpc && grpc == GrpcFirstCall::Auto && forward == Answer::Forward);
     if !hold {
         return forward;

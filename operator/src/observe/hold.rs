@@ -1,9 +1,9 @@
 //! Holding a first call until its host is in the caller's scope.
 //!
-//! When to answer: no fixed sleep. A call waits until the Sidecar with its host is stored, and then until the caller's own
-//! proxy says that a cluster was added and that none waits for its endpoints ([`super::proxy`]); then it goes back. Whether the
-//! routes are there too is told by the replay itself: if it was early it returns, and waits again. Where a proxy
-//! cannot be asked, time must do.
+//! When to answer: no fixed sleep. A call waits until the Sidecar that gives its host routes is stored, and then until the
+//! caller's own proxy says that its listeners changed and that nothing warms ([`super::proxy`]); then it goes back. (Such a
+//! Sidecar always changes a listener: [`crate::fence::stage`].) Whether the routes are there too is told by the replay
+//! itself: if it was early it returns, and waits again. Where a proxy cannot be asked, time must do.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -14,9 +14,10 @@ use fenceline_crds::FirstCall;
 use tokio::sync::watch;
 
 use super::first_call::Hold;
-use super::proxy::{Clusters, Eyes, Seen};
+use super::proxy::{Eyes, Seen, State};
 use crate::fence::plan::object_name;
 use crate::fence::redirect::REDIRECTS;
+use crate::fence::stage::routed;
 use crate::metrics::Metrics;
 use crate::world::{Key, World};
 
@@ -24,7 +25,7 @@ use crate::world::{Key, World};
 const LOOK: Duration = Duration::from_millis(5);
 /// How long a stored Sidecar takes to be in force, where nobody can tell: istiod's debounce of 100 ms, and some.
 const SETTLE: Duration = Duration::from_millis(250);
-/// A call that returned goes back at once when its proxy adds a cluster, and otherwise after a fourth of the time that
+/// A call that returned goes back at once when its proxy changes a listener, and otherwise after a fourth of the time that
 /// it has waited, so that any delay takes few attempts.
 const AGAIN: Duration = Duration::from_millis(20);
 /// Calls that were sent back and may return; more are taken for new ones if they do.
@@ -35,7 +36,7 @@ pub struct Holder {
     world: watch::Receiver<Arc<World>>,
     metrics: Arc<Metrics>,
     limits: Limits,
-    eyes: Eyes,
+    eyes: Arc<Eyes>,
     held: Mutex<Held>,
 }
 
@@ -99,12 +100,17 @@ impl std::fmt::Display for Attempt {
 }
 
 impl Holder {
-    pub fn new(world: watch::Receiver<Arc<World>>, metrics: Arc<Metrics>, limits: Limits) -> Self {
+    pub fn new(
+        world: watch::Receiver<Arc<World>>,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+        eyes: Arc<Eyes>,
+    ) -> Self {
         Self {
             world,
             metrics,
             limits,
-            eyes: Eyes::default(),
+            eyes,
             held: Mutex::default(),
         }
     }
@@ -145,8 +151,10 @@ impl Holder {
             _ => AGAIN.max(hold.hold_for.saturating_sub(rest) / 4),
         };
         let ready = async {
-            let before = place.look().await;
-            self.until_stored(hold).await;
+            let mut before = place.look().await;
+            if self.until_stored(hold).await {
+                before = place.look().await;
+            }
             place.until_arrived(before, patience).await;
         };
         match tokio::time::timeout(rest, ready).await {
@@ -159,13 +167,17 @@ impl Holder {
         }
     }
 
-    async fn until_stored(&self, hold: &Hold) {
+    /// Whether it was necessary to wait.
+    async fn until_stored(&self, hold: &Hold) -> bool {
         let mut world = self.world.clone();
+        let mut waited = false;
         while !in_scope(&world.borrow_and_update(), hold) {
+            waited = true;
             if world.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         }
+        waited
     }
 
     fn take_place(&self, caller: IpAddr) -> Option<Place<'_>> {
@@ -197,18 +209,18 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    async fn look(&self) -> Option<Clusters> {
+    async fn look(&self) -> Option<State> {
         self.holder.eyes.look(self.caller, &self.seen).await
     }
 
-    /// Waits until the caller's proxy has more clusters than `before`, or `patience` is over; and until none warms that did
-    /// not before.
-    async fn until_arrived(&self, before: Option<Clusters>, patience: Duration) {
+    /// Waits until the listeners of the caller's proxy have changed since `before`, or `patience` is over; and until nothing
+    /// warms that did not before.
+    async fn until_arrived(&self, before: Option<State>, patience: Duration) {
         let since = Instant::now();
         while let (Some(before), Some(now)) = (before, self.look().await) {
             let patient = since.elapsed() < patience;
             let warm = now.warming == 0 || (!patient && now.warming <= before.warming);
-            if warm && (now.added > before.added || !patient) {
+            if warm && (now.listeners > before.listeners || !patient) {
                 return;
             }
             tokio::time::sleep(LOOK).await;
@@ -232,20 +244,14 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Whether every fence's stored Sidecar has the host.
+/// Whether every fence's stored Sidecar gives the host routes.
 fn in_scope(world: &World, hold: &Hold) -> bool {
     let host = hold.host.to_string();
     hold.fences.iter().all(|fence| {
         let key = Key::new(&*fence.namespace, object_name(&fence.name));
         // No Sidecar: the fence is on its way out, or in; the replay tells.
-        world.sidecars.get(&key).is_none_or(|sidecar| {
-            sidecar
-                .spec
-                .egress
-                .iter()
-                .flat_map(|listener| &listener.hosts)
-                .any(|known| *known == host)
-        })
+        let sidecar = world.sidecars.get(&key);
+        sidecar.is_none_or(|sidecar| routed(&sidecar.spec).contains(&host))
     })
 }
 
@@ -279,7 +285,7 @@ mod tests {
     fn holder(per_caller: usize, in_all: usize) -> Holder {
         let (_, world) = watch::channel(Arc::new(World::new("cluster.local")));
         let limits = Limits { per_caller, in_all };
-        Holder::new(world, Arc::default(), limits)
+        Holder::new(world, Arc::default(), limits, Arc::default())
     }
 
     #[test]

@@ -1,8 +1,5 @@
-//! What a caller's proxy says of its own clusters: Envoy's Prometheus port, which every Istio sidecar has open, and the
-//! statistics of the cluster manager, which Istio always keeps (pkg/bootstrap/config.go).
-//!
-//! istiod sends routes right behind the clusters they lead to, and Envoy routes by them at once, while a new cluster waits
-//! for its endpoints. In between a call finds no cluster, and fails. So a held call goes back only while nothing warms.
+//! What a proxy says of its own configuration: Envoy's Prometheus port, which every Istio sidecar has open, and the
+//! statistics of the cluster and listener managers, which Istio always keeps (pkg/bootstrap/config.go).
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,8 +15,8 @@ use tokio::sync::Mutex;
 
 /// <https://istio.io/latest/docs/ops/deployment/application-requirements/#ports-used-by-istio>
 const PORT: u16 = 15090;
-const STATS: &str =
-    "/stats/prometheus?filter=cluster_manager%5C.(cluster_added%7Cwarming_clusters)$";
+const STATS: &str = "/stats/prometheus?filter=^(cluster_manager%5C.warming_clusters%7C\
+                     listener_manager%5C.(listener_(added%7Cmodified%7Cremoved)%7Ctotal_listeners_warming))$";
 const TIMEOUT: Duration = Duration::from_millis(100);
 /// How long a proxy is left alone that did not answer, as where a NetworkPolicy is in the way.
 const BLIND: Duration = Duration::from_secs(60);
@@ -29,16 +26,17 @@ const ENOUGH: usize = 64 << 10;
 /// Calls of one caller share a look.
 const FRESH: Duration = Duration::from_millis(4);
 
-/// A proxy's clusters at one moment.
+/// A proxy's configuration at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Clusters {
-    /// How many were ever added.
-    pub added: u64,
-    /// How many wait for their endpoints.
+pub struct State {
+    /// How many listeners were ever added, changed or removed.
+    pub listeners: u64,
+    /// How many clusters wait for their endpoints, and listeners for their routes.
     pub warming: u64,
 }
 
 /// Looks at proxies.
+#[derive(Debug)]
 pub struct Eyes {
     client: Client<HttpConnector, Empty<Bytes>>,
     /// Who did not answer, and when.
@@ -47,7 +45,7 @@ pub struct Eyes {
 
 /// The last look at one proxy.
 #[derive(Debug, Default)]
-pub struct Seen(Mutex<Option<(Instant, Option<Clusters>)>>);
+pub struct Seen(Mutex<Option<(Instant, Option<State>)>>);
 
 impl Default for Eyes {
     fn default() -> Self {
@@ -63,24 +61,25 @@ impl Default for Eyes {
 }
 
 impl Eyes {
-    /// The clusters of the proxy at `address`, as of some milliseconds ago at most. Nothing where it cannot be asked.
-    pub async fn look(&self, address: IpAddr, seen: &Seen) -> Option<Clusters> {
+    /// The configuration of the proxy at `address`, as of some milliseconds ago at most. Nothing where it cannot be asked.
+    pub async fn look(&self, address: IpAddr, seen: &Seen) -> Option<State> {
         let mut last = seen.0.lock().await;
-        if let Some((at, clusters)) = *last
+        if let Some((at, state)) = *last
             && at.elapsed() < FRESH
         {
-            return clusters;
+            return state;
         }
         if self.is_blind(address) {
             return None;
         }
-        let clusters = tokio::time::timeout(TIMEOUT, self.ask(address)).await;
-        let clusters = clusters.ok().flatten();
-        if clusters.is_none() {
+        let answer = tokio::time::timeout(TIMEOUT, self.ask(address)).await;
+        // A refusal is quick, and of a proxy that only starts.
+        if answer.is_err() {
             self.did_not_answer(address);
         }
-        *last = Some((Instant::now(), clusters));
-        clusters
+        let state = answer.ok().flatten();
+        *last = Some((Instant::now(), state));
+        state
     }
 
     fn is_blind(&self, address: IpAddr) -> bool {
@@ -98,7 +97,7 @@ impl Eyes {
         blind.insert(address, Instant::now());
     }
 
-    async fn ask(&self, address: IpAddr) -> Option<Clusters> {
+    async fn ask(&self, address: IpAddr) -> Option<State> {
         let uri = format!("http://{}{STATS}", SocketAddr::new(address, PORT));
         let response = self.client.get(uri.parse().ok()?).await.ok()?;
         let body = Limited::new(response.into_body(), ENOUGH);
@@ -108,16 +107,22 @@ impl Eyes {
 }
 
 /// Reads the text format of Prometheus.
-fn parse(text: &str) -> Option<Clusters> {
-    let value = |name: &str| {
+fn parse(text: &str) -> Option<State> {
+    let value = |name: &str| -> Option<u64> {
         let line = text
             .lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix('{'))?;
         line.rsplit_once(' ')?.1.trim().parse().ok()
     };
-    Some(Clusters {
-        added: value("envoy_cluster_manager_cluster_added")?,
-        warming: value("envoy_cluster_manager_warming_clusters")?,
+    let listeners = ["added", "modified", "removed"]
+        .map(|what| value(&format!("envoy_listener_manager_listener_{what}")));
+    let warming = [
+        "envoy_cluster_manager_warming_clusters",
+        "envoy_listener_manager_total_listeners_warming",
+    ];
+    Some(State {
+        listeners: listeners.into_iter().sum::<Option<u64>>()?,
+        warming: warming.into_iter().map(value).sum::<Option<u64>>()?,
     })
 }
 
@@ -127,16 +132,19 @@ mod tests {
 
     #[test]
     fn envoys_text_is_understood_and_anything_else_is_not() {
-        let text = "# TYPE envoy_cluster_manager_cluster_added counter\n\
-                    envoy_cluster_manager_cluster_added{} 12\n\
+        let text = "# TYPE envoy_listener_manager_listener_added counter\n\
+                    envoy_listener_manager_listener_added{} 12\n\
+                    envoy_listener_manager_listener_modified{} 3\n\
+                    envoy_listener_manager_listener_removed{} 2\n\
+                    envoy_listener_manager_total_listeners_warming{} 1\n\
                     # TYPE envoy_cluster_manager_warming_clusters gauge\n\
-                    envoy_cluster_manager_warming_clusters{} 1\n";
-        let want = Clusters {
-            added: 12,
-            warming: 1,
+                    envoy_cluster_manager_warming_clusters{} 4\n";
+        let want = State {
+            listeners: 17,
+            warming: 5,
         };
         assert_eq!(parse(text), Some(want));
-        for junk in ["", "hello", "envoy_cluster_manager_cluster_added{} x"] {
+        for junk in ["", "hello", "envoy_listener_manager_listener_added{} x"] {
             assert_eq!(parse(junk), None, "{junk}");
         }
     }

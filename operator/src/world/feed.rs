@@ -5,17 +5,18 @@ use std::fmt::Debug;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::{
     AuthorizationPolicy, EnvoyFilter, ServiceEntry, Sidecar, VirtualService,
 };
+use fenceline_crds::{FencePolicy, ServiceFence};
 use futures::{StreamExt, pin_mut};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector};
-use kube::{Api, Resource, ResourceExt};
+use kube::{Api, CustomResourceExt, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
@@ -30,7 +31,7 @@ use crate::metrics::Metrics;
 pub(super) const BACKLOG: usize = 4096;
 
 /// The kinds that are watched, by the names that metrics and readiness use.
-pub const KINDS: [&str; 10] = [
+pub const KINDS: [&str; 12] = [
     "Namespace",
     "Service",
     "ServiceEntry",
@@ -41,6 +42,8 @@ pub const KINDS: [&str; 10] = [
     "Sidecar",
     "EnvoyFilter",
     "ServiceFence",
+    "FencePolicy",
+    "CustomResourceDefinition",
 ];
 
 /// Where the world comes out.
@@ -121,6 +124,19 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
     watches.watch(&all, |key, object: Option<ServiceFence>| {
         Change::Fence(key, object.map(Box::new))
     });
+
+    watches.watch(&all, |key, object: Option<FencePolicy>| {
+        Change::FencePolicy(key.name, object.map(Box::new))
+    });
+    let definition = all
+        .clone()
+        .fields(&format!("metadata.name={}", ServiceFence::crd_name()));
+    watches.watch(
+        &definition,
+        |_, object: Option<CustomResourceDefinition>| {
+            Change::Definition(object.and_then(|object| object.owner_ref(&())))
+        },
+    );
 
     let task = WorldTask {
         world,

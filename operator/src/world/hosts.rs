@@ -78,6 +78,8 @@ pub struct ServiceFacts {
     /// Whether a call to it could be one that the global proxy cannot catch: a port that is not declared to be HTTP, or
     /// pods that are called by their own names.
     pub needs_scope: bool,
+    /// Whether its pods are called by their own names and addresses.
+    pub headless: bool,
     pub external_name: bool,
     pub export_to: ExportTo,
 }
@@ -141,6 +143,7 @@ impl From<&Service> for ServiceFacts {
                 .collect(),
             needs_scope: ports.iter().filter(tcp).any(|port| !is_http(port))
                 || (addresses.is_empty() && !ports.is_empty()),
+            headless: addresses.is_empty() && !ports.is_empty(),
             addresses,
             external_name: spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName"),
             export_to: ExportTo::parse(

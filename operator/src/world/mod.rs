@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
+use fenceline_crds::{FencePolicy, ServiceFence};
 use imbl::{HashMap as SharedMap, OrdMap};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
 pub use policies::PolicyFacts;
@@ -45,6 +46,8 @@ pub struct View {
     pub visible: u32,
     /// Hosts that must be in every scope, since the global proxy could not catch a call to them.
     pub always: BTreeSet<Host>,
+    /// Of those: Services with ports that are not HTTP, which can be learnt otherwise.
+    pub non_http: BTreeSet<Host>,
 }
 
 type Views = Arc<Mutex<HashMap<String, Arc<View>>>>;
@@ -70,6 +73,9 @@ pub struct World {
     /// Only those that Fenceline wrote.
     pub envoy_filters: OrdMap<Key, Arc<EnvoyFilter>>,
     pub fences: OrdMap<Key, Arc<ServiceFence>>,
+    pub fence_policies: OrdMap<String, Arc<FencePolicy>>,
+    /// The CustomResourceDefinition of fences, as an owner.
+    pub definition: Option<OwnerReference>,
     pod_of_address: SharedMap<IpAddr, Key>,
     service_of_address: SharedMap<IpAddr, Key>,
     /// The VirtualServices of each host.
@@ -101,6 +107,8 @@ impl World {
             sidecars: OrdMap::new(),
             envoy_filters: OrdMap::new(),
             fences: OrdMap::new(),
+            fence_policies: OrdMap::new(),
+            definition: None,
             pod_of_address: SharedMap::new(),
             service_of_address: SharedMap::new(),
             routes: OrdMap::new(),
@@ -235,11 +243,14 @@ impl World {
             }
             view.visible += 1;
             if facts.needs_scope {
-                let fqdn = self.fqdn(key);
-                view.always.insert(Host {
+                let host = Host {
                     namespace: key.namespace.clone(),
-                    fqdn,
-                });
+                    fqdn: self.fqdn(key),
+                };
+                if !facts.headless {
+                    view.non_http.insert(host.clone());
+                }
+                view.always.insert(host);
             }
         }
         let named = self

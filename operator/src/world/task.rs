@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
+use fenceline_crds::{FencePolicy, ServiceFence};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::runtime::reflector;
 use kube::runtime::watcher::Event;
 use tokio::sync::{mpsc, watch};
@@ -37,6 +38,9 @@ pub(super) enum Change {
     Sidecar(Key, Option<Box<Sidecar>>),
     EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
     Fence(Key, Option<Box<ServiceFence>>),
+    FencePolicy(String, Option<Box<FencePolicy>>),
+    /// The CustomResourceDefinition of fences.
+    Definition(Option<OwnerReference>),
     /// A watch has delivered all there is.
     Synced(&'static str),
 }
@@ -194,6 +198,14 @@ impl WorldTask {
                     self.writer.apply_watcher_event(&event);
                 }
                 set(&mut self.world.fences, key, object);
+            }
+            Change::FencePolicy(name, object) => match object {
+                Some(object) => drop(self.world.fence_policies.insert(name, Arc::from(object))),
+                None => drop(self.world.fence_policies.remove(&name)),
+            },
+            Change::Definition(definition) => {
+                concerned.all |= self.world.definition != definition;
+                self.world.definition = definition;
             }
             Change::Synced(kind) => {
                 if kind == "EndpointSlice" {

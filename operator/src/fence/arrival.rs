@@ -1,0 +1,166 @@
+//! Whether a step of a scope's change ([`super::stage`]) has arrived in the proxies it is for.
+//!
+//! Told by the proxies themselves ([`Eyes`]): each step changes a listener, and its clusters warm. Where none can be asked,
+//! time must do.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use fenceline_crds::istio::Sidecar;
+use futures::future::join_all;
+use tokio::sync::mpsc;
+
+use super::select::{self, Labels};
+use super::stage::{EVERYTHING, staged};
+use crate::observe::proxy::{Eyes, Seen, State};
+use crate::world::{Key, World};
+
+/// Of a workload with more pods, so many speak for the others.
+const ASKED: usize = 8;
+/// Before this nothing can have arrived: istiod collects changes for 100 ms (`PILOT_DEBOUNCE_AFTER`).
+const EARLIEST: Duration = Duration::from_millis(40);
+/// How often proxies are asked, at first; then more and more rarely.
+const ASK: Duration = Duration::from_millis(10);
+const ASK_RARELY: Duration = Duration::from_millis(250);
+/// How long a step takes where no proxy can be asked.
+const UNSEEN: Duration = Duration::from_secs(2);
+/// A proxy that has not heard of a step by now is not waited for: istiod's longest debounce is 10 s.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Follows the steps of every fence.
+#[derive(Debug)]
+pub struct Arrivals {
+    eyes: Arc<Eyes>,
+    steps: Arc<Mutex<Steps>>,
+    /// Fences of which a step has arrived.
+    arrived: mpsc::UnboundedSender<Key>,
+}
+
+#[derive(Debug, Default)]
+struct Steps {
+    last: u64,
+    /// The staged hosts of each fence: since which step, and whether they have arrived.
+    hosts: HashMap<Key, BTreeMap<String, (u64, bool)>>,
+}
+
+/// How the pods of a fence were before a step was written.
+#[derive(Debug)]
+pub struct Before(Vec<(IpAddr, State)>);
+
+impl Arrivals {
+    pub fn new(eyes: Arc<Eyes>) -> (Self, mpsc::UnboundedReceiver<Key>) {
+        let (arrived, fences) = mpsc::unbounded_channel();
+        let steps = Arc::default();
+        (
+            Self {
+                eyes,
+                steps,
+                arrived,
+            },
+            fences,
+        )
+    }
+
+    /// The staged hosts of a fence that have arrived. With no pods, all of them.
+    pub fn arrived(&self, fence: &Key, labels: &Labels, world: &World) -> BTreeSet<String> {
+        let pods = addresses(&fence.namespace, labels, world);
+        let steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_fence = steps.hosts.get(fence);
+        if pods.is_empty() {
+            let all = of_fence.into_iter().flat_map(BTreeMap::keys).cloned();
+            return all.chain([EVERYTHING.to_owned()]).collect();
+        }
+        let of_fence = of_fence.into_iter().flatten();
+        let arrived = of_fence.filter(|(_, (_, arrived))| *arrived);
+        arrived.map(|(host, _)| host.clone()).collect()
+    }
+
+    /// Looks at a fence's pods before a step is written.
+    pub async fn look(&self, fence: &Key, labels: &Labels, world: &World) -> Before {
+        let pods = addresses(&fence.namespace, labels, world);
+        Before(look(&self.eyes, pods).await)
+    }
+
+    /// A step was written, or found on starting, where `before` is absent.
+    pub fn follow(&self, fence: &Key, step: &Sidecar, before: Option<Before>) {
+        let staged = staged(&step.spec);
+        let number = {
+            let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+            if staged.is_empty() {
+                steps.hosts.remove(fence);
+                return;
+            }
+            let number = steps.last + 1;
+            let hosts = steps.hosts.entry(fence.clone()).or_default();
+            let known = hosts.len();
+            hosts.retain(|host, _| staged.contains(host));
+            let changed = known != hosts.len() || staged.len() != hosts.len();
+            if before.is_none() && !changed {
+                return;
+            }
+            for host in staged {
+                hosts.entry(host).or_insert((number, false));
+            }
+            steps.last = number;
+            number
+        };
+        let (eyes, steps) = (Arc::clone(&self.eyes), Arc::clone(&self.steps));
+        let (fence, arrived) = (fence.clone(), self.arrived.clone());
+        tokio::spawn(async move {
+            match before {
+                Some(Before(pods)) if !pods.is_empty() => until_heard(&eyes, pods).await,
+                _ => tokio::time::sleep(UNSEEN).await,
+            }
+            let mut steps = steps.lock().unwrap_or_else(PoisonError::into_inner);
+            let of_fence = steps.hosts.get_mut(&fence).into_iter();
+            for (since, heard) in of_fence.flat_map(BTreeMap::values_mut) {
+                *heard |= *since <= number;
+            }
+            drop(steps);
+            // Nobody listens once this replica no longer leads.
+            let _ = arrived.send(fence);
+        });
+    }
+
+    /// A fence is gone, and its Sidecar with it.
+    pub fn forget(&self, fence: &Key) {
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        steps.hosts.remove(fence);
+    }
+}
+
+fn addresses(namespace: &str, labels: &Labels, world: &World) -> Vec<IpAddr> {
+    select::pods_in(world, namespace)
+        .filter(|pod| select::matches(labels, &pod.labels))
+        .filter_map(|pod| pod.addresses.first().copied())
+        .take(ASKED)
+        .collect()
+}
+
+async fn look(eyes: &Eyes, pods: Vec<IpAddr>) -> Vec<(IpAddr, State)> {
+    let look = async |pod| Some((pod, eyes.look(pod, &Seen::default()).await?));
+    let looks = join_all(pods.into_iter().map(look)).await;
+    looks.into_iter().flatten().collect()
+}
+
+/// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that no longer answers is
+/// not waited for.
+async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>) {
+    let started = Instant::now();
+    let mut pause = ASK;
+    tokio::time::sleep(EARLIEST).await;
+    while !waiting.is_empty() && started.elapsed() < PATIENCE {
+        let pods = waiting.iter().map(|(pod, _)| *pod).collect();
+        let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
+        waiting.retain(|(pod, before)| {
+            now.get(pod)
+                .is_some_and(|now| now.listeners == before.listeners || now.warming > 0)
+        });
+        if started.elapsed() > ASK_RARELY * 2 {
+            pause = (pause * 2).min(ASK_RARELY);
+        }
+        tokio::time::sleep(pause).await;
+    }
+}

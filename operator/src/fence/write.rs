@@ -1,0 +1,230 @@
+//! What is written for a fence, in which order. Adding: the redirect first, since until the Sidecar narrows the scope it
+//! catches nothing, and from then on every call out of scope needs it. Taking away: the Sidecar first, for the same reason.
+//! A Sidecar comes, changes and goes in steps ([`super::stage`]).
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use kube::api::ObjectMeta;
+
+use super::plan::{Objects, Verdict, object_name};
+use super::select::Labels;
+use super::stage::{self, EVERYTHING};
+use super::{Context, Error};
+use crate::apply::{self, Owned};
+use crate::status::is_newer;
+use crate::world::feed::fence_of;
+use crate::world::{Key, World};
+
+/// How long the watch may take to show a Sidecar that is new.
+const SHOWN_WITHIN: Duration = Duration::from_secs(2);
+
+/// The Sidecars that we wrote and that the watch may not have shown yet: a step must not be taken back because it is
+/// not known of.
+#[derive(Debug, Default)]
+pub struct Recent(Mutex<HashMap<Key, (Instant, Arc<Sidecar>)>>);
+
+impl Recent {
+    /// The newest Sidecar known here.
+    fn newest(&self, world: &World, key: &Key) -> Option<Arc<Sidecar>> {
+        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = world.sidecars.get(key);
+        match recent.get(key) {
+            Some((at, written)) => {
+                let unseen = match seen {
+                    Some(seen) => is_newer(written.as_ref(), seen.as_ref()),
+                    None => at.elapsed() < SHOWN_WITHIN,
+                };
+                if unseen {
+                    return Some(Arc::clone(written));
+                }
+                recent.remove(key);
+                seen.cloned()
+            }
+            None => seen.cloned(),
+        }
+    }
+
+    fn wrote(&self, key: &Key, sidecar: Sidecar) {
+        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.insert(key.clone(), (Instant::now(), Arc::new(sidecar)));
+    }
+
+    fn removed(&self, key: &Key) {
+        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.remove(key);
+    }
+}
+
+/// Whether a fence's objects are as they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    Done,
+    /// Something was written that the watch has not shown: it may be gone again.
+    LookAgain,
+}
+
+/// Writes what a verdict asks for, or the next step to it.
+pub(super) async fn carry_out(
+    fence: &Key,
+    verdict: &Verdict,
+    world: &World,
+    context: &Context,
+) -> Result<Progress, Error> {
+    match verdict {
+        Verdict::Enforce(objects) => enforce(fence, objects, world, context).await,
+        Verdict::Observe => {
+            retire(fence, world, context).await?;
+            Ok(Progress::Done)
+        }
+        // A narrow scope without its redirect, or beside somebody else's, would break calls.
+        Verdict::NoPods(_) | Verdict::Conflicted(_) | Verdict::NameTaken(..) => {
+            let object = Key::new(&fence.namespace, object_name(&fence.name));
+            let sidecar = context.recent.newest(world, &object);
+            remove(fence, sidecar.as_deref(), world, context).await?;
+            Ok(Progress::Done)
+        }
+    }
+}
+
+async fn enforce(
+    fence: &Key,
+    objects: &Objects,
+    world: &World,
+    context: &Context,
+) -> Result<Progress, Error> {
+    let object = Key::new(&fence.namespace, object_name(&fence.name));
+    let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
+    if let Some(want) = &objects.redirect {
+        context.writer.ensure::<EnvoyFilter>(want, redirect).await?;
+    }
+    let stored = context.recent.newest(world, &object);
+    let labels = labels(&objects.sidecar);
+    let arrived = context.arrivals.arrived(fence, &labels, world);
+    let step = stage::next(objects.sidecar.clone(), stored.as_deref(), &arrived);
+    take_step(fence, &step, stored.as_deref(), world, context).await?;
+    if objects.redirect.is_none() {
+        remove_own(redirect, fence, context).await?;
+    }
+    Ok(if world.sidecars.contains_key(&object) {
+        Progress::Done
+    } else {
+        Progress::LookAgain
+    })
+}
+
+fn labels(sidecar: &Sidecar) -> Labels {
+    let selector = sidecar.spec.workload_selector.clone();
+    selector.unwrap_or_default().labels
+}
+
+/// Writes a step, if it is not there yet, and has its arrival followed.
+async fn take_step(
+    fence: &Key,
+    step: &Sidecar,
+    stored: Option<&Sidecar>,
+    world: &World,
+    context: &Context,
+) -> Result<(), Error> {
+    let arrivals = &context.arrivals;
+    let there = stored.is_some_and(|stored| stored.spec == step.spec);
+    let before = if there {
+        None
+    } else {
+        Some(arrivals.look(fence, &labels(step), world).await)
+    };
+    if let Some(written) = context.writer.ensure::<Sidecar>(step, stored).await? {
+        let object = Key::new(&fence.namespace, object_name(&fence.name));
+        context.recent.wrote(&object, written);
+        let hosts = step.spec.egress.iter().flat_map(|listener| &listener.hosts);
+        let names = hosts
+            .filter_map(|host| host.split_once('/'))
+            .map(|(_, fqdn)| fqdn);
+        context.learner.stored(fence, names);
+    }
+    arrivals.follow(fence, step, before);
+    Ok(())
+}
+
+/// Takes a fence's objects away in steps: the whole mesh's clusters first, then the Sidecar, then the redirect.
+async fn retire(fence: &Key, world: &World, context: &Context) -> Result<(), Error> {
+    let object = Key::new(&fence.namespace, object_name(&fence.name));
+    let stored = context.recent.newest(world, &object);
+    let stored = stored.filter(|stored| fence_of(stored.as_ref()).as_ref() == Some(fence));
+    if let Some(stored) = &stored {
+        let labels = labels(stored);
+        let arrived = context.arrivals.arrived(fence, &labels, world);
+        if !arrived.contains(EVERYTHING) {
+            let wide = stage::staged(&stored.spec).contains(EVERYTHING);
+            let mut step = if wide {
+                stored.as_ref().clone()
+            } else {
+                stage::widened(stored)
+            };
+            step.metadata = ours_again(&step.metadata);
+            return take_step(fence, &step, Some(stored), world, context).await;
+        }
+    }
+    remove(fence, stored.as_deref(), world, context).await
+}
+
+/// The metadata of an object of ours for writing it again: exactly this one, which must not come back once it is gone.
+fn ours_again(stored: &ObjectMeta) -> ObjectMeta {
+    ObjectMeta {
+        name: stored.name.clone(),
+        namespace: stored.namespace.clone(),
+        uid: stored.uid.clone(),
+        labels: stored.labels.clone(),
+        owner_references: stored.owner_references.clone(),
+        ..ObjectMeta::default()
+    }
+}
+
+async fn remove(
+    fence: &Key,
+    sidecar: Option<&Sidecar>,
+    world: &World,
+    context: &Context,
+) -> Result<(), Error> {
+    let object = Key::new(&fence.namespace, object_name(&fence.name));
+    let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
+    remove_own(sidecar, fence, context).await?;
+    context.recent.removed(&object);
+    context.arrivals.forget(fence);
+    remove_own(redirect, fence, context).await
+}
+
+/// Removes an object of the fence's, if it is the fence's.
+async fn remove_own<K: Owned>(
+    object: Option<&K>,
+    fence: &Key,
+    context: &Context,
+) -> Result<(), Error> {
+    if let Some(object) = object.filter(|object| fence_of(*object).as_ref() == Some(fence)) {
+        context.writer.remove(object).await?;
+    }
+    Ok(())
+}
+
+/// Takes away what belongs to fences that are gone. What fails is tried again with the next change, and by the next leader.
+pub(super) async fn prune(context: &Context) {
+    let world = Arc::clone(&context.world.borrow());
+    let sidecars = world.sidecars.values();
+    let redirects = world.envoy_filters.values();
+    let orphans: BTreeSet<Key> = sidecars
+        .filter_map(|object| fence_of(object.as_ref()))
+        .chain(redirects.filter_map(|object| fence_of(object.as_ref())))
+        .filter(|fence| !world.fences.contains_key(fence))
+        .collect();
+    for fence in orphans {
+        match retire(&fence, &world, context).await {
+            Ok(()) | Err(Error::Apply(apply::Error::Gone { .. })) => {}
+            Err(error) => {
+                let error = crate::chain(&error);
+                tracing::warn!(%fence, error, "what a former fence left");
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The controller of policies: makes the fences that policies and labels want, and takes away those that they no longer
+//! do. The fences then do the rest by themselves: one that is deleted is taken out of force in steps.
+
+pub mod plan;
+#[cfg(test)]
+mod plan_tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fenceline_crds::{FencePolicy, FencePolicyStatus, Mode, ServiceFence};
+use futures::StreamExt;
+use kube::ResourceExt;
+use tokio::sync::watch;
+
+use crate::apply::{self, Writer};
+use crate::clock::Clock;
+use crate::fence::Settings;
+use crate::policy::plan::{POLICY, Wanted, made_by_policy, plan, unwanted};
+use crate::status::{Said, StatusWriter, set_conditions};
+use crate::world::{Key, World};
+
+/// How long a change waits for company.
+const COALESCE: Duration = Duration::from_millis(100);
+/// How long failed writes wait for their next attempt, at first and at most.
+const RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How many fences are written side by side.
+const CONCURRENCY: usize = 32;
+
+/// What the controller works with.
+pub struct Context {
+    pub writer: Writer,
+    pub status: Arc<StatusWriter>,
+    pub settings: Settings,
+    pub clock: Clock,
+}
+
+/// Keeps fences as policies want them for as long as it is polled: the leader's work.
+pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
+    let mut planned: Option<(Arc<World>, Wanted)> = None;
+    let mut retry = RETRY;
+    loop {
+        let now = Arc::clone(&world.borrow_and_update());
+        let wanted = match planned.take() {
+            Some((then, wanted)) if same_wishes(&then, &now) => wanted,
+            _ => plan(&now, &context.settings),
+        };
+        let well = write(&wanted, &now, context).await;
+        report(&wanted, &now, context).await;
+        planned = Some((now, wanted));
+        if !well {
+            tokio::time::sleep(retry).await;
+            retry = (retry * 2).min(LONGEST_RETRY);
+            planned = None;
+            continue;
+        }
+        retry = RETRY;
+        if world.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(COALESCE).await;
+    }
+}
+
+/// Whether nothing changed that the plan looks at.
+fn same_wishes(then: &World, now: &World) -> bool {
+    then.fence_policies.ptr_eq(&now.fence_policies)
+        && then.namespaces.ptr_eq(&now.namespaces)
+        && then.services.ptr_eq(&now.services)
+        && then.fences.ptr_eq(&now.fences)
+        && (then.pods.ptr_eq(&now.pods) || !needs_pods(now))
+}
+
+fn needs_pods(world: &World) -> bool {
+    use fenceline_crds::Granularity::Workload;
+    let mut policies = world.fence_policies.values();
+    policies.any(|policy| policy.spec.granularity == Workload)
+}
+
+/// Writes what differs; says whether all of it went well.
+async fn write(wanted: &Wanted, world: &World, context: &Context) -> bool {
+    let writer = &context.writer;
+    let ensured = wanted.fences.iter().map(|(key, fence)| async move {
+        let have = world.fences.get(key).map(AsRef::as_ref);
+        (
+            key,
+            writer.ensure::<ServiceFence>(fence, have).await.map(drop),
+        )
+    });
+    let removed = unwanted(world, wanted)
+        .map(|(key, fence)| async move { (key, writer.remove(fence.as_ref()).await) });
+    let mut well = true;
+    let mut say = |key: &Key, result: Result<(), apply::Error>| match result {
+        // Somebody wrote a fence by this name a moment ago: it is theirs.
+        Ok(()) | Err(apply::Error::NotOurs { .. }) => {}
+        Err(error) => {
+            well = false;
+            let error = crate::chain(&error);
+            tracing::warn!(fence = %key, error, "a policy's fence");
+        }
+    };
+    let mut ensured = futures::stream::iter(ensured).buffer_unordered(CONCURRENCY);
+    while let Some((key, result)) = ensured.next().await {
+        say(key, result);
+    }
+    let mut removed = futures::stream::iter(removed).buffer_unordered(CONCURRENCY);
+    while let Some((key, result)) = removed.next().await {
+        say(key, result);
+    }
+    well
+}
+
+/// Writes what became of each policy.
+async fn report(wanted: &Wanted, world: &World, context: &Context) {
+    let mut fences: BTreeMap<&str, Vec<&ServiceFence>> = BTreeMap::new();
+    for fence in world.fences.values().filter(|fence| made_by_policy(fence)) {
+        let policy = fence.labels().get(POLICY).map(String::as_str);
+        fences
+            .entry(policy.unwrap_or_default())
+            .or_default()
+            .push(fence);
+    }
+    for (name, policy) in &world.fence_policies {
+        let of_policy = fences.remove(name.as_str()).unwrap_or_default();
+        let status = status(name, policy, wanted, &of_policy, context);
+        if policy.status.as_ref() != Some(&status)
+            && let Err(error) = context.status.policy(name, status).await
+        {
+            tracing::warn!(policy = name, %error, "a policy's status");
+        }
+    }
+}
+
+fn status(
+    name: &str,
+    policy: &FencePolicy,
+    wanted: &Wanted,
+    fences: &[&ServiceFence],
+    context: &Context,
+) -> FencePolicyStatus {
+    let count = |length: usize| u32::try_from(length).unwrap_or(u32::MAX);
+    let is = |fence: &ServiceFence, type_: &str| {
+        let conditions = fence.status.iter().flat_map(|status| &status.conditions);
+        let mut of_type = conditions.filter(|condition| condition.type_ == type_);
+        of_type.any(|condition| condition.status == "True")
+    };
+    let having = |type_: &str| count(fences.iter().filter(|fence| is(fence, type_)).count());
+    let observing = fences
+        .iter()
+        .filter(|fence| fence.spec.mode == Mode::Observe);
+    let namespaces = wanted.namespaces.get(name).map_or(0, |names| names.len());
+    let old = policy.status.clone().unwrap_or_default();
+    FencePolicyStatus {
+        observed_generation: policy.metadata.generation,
+        conditions: set_conditions(
+            &old.conditions,
+            &[ready(name, wanted, namespaces, fences.len())],
+            policy.metadata.generation,
+            (context.clock)(),
+        ),
+        namespaces: count(namespaces),
+        fences: count(fences.len()),
+        enforced: having("Enforced"),
+        observing: count(observing.count()),
+        conflicted: having("Conflicted"),
+    }
+}
+
+fn ready(name: &str, wanted: &Wanted, namespaces: usize, fences: usize) -> Said {
+    let said = |status, reason, message| Said {
+        type_: "Ready",
+        status,
+        reason,
+        message,
+    };
+    if let Some(why) = wanted.refused.get(name) {
+        return said(false, "Invalid", format!("{why}; nothing is done"));
+    }
+    let of_policy = |fence: &&ServiceFence| fence.labels().get(POLICY).is_some_and(|of| of == name);
+    let should = wanted.fences.values().filter(of_policy).count();
+    let mut message = format!("{fences} of {should} fences in {namespaces} namespaces");
+    if let Some(lost) = wanted.lost.get(name) {
+        let few: Vec<String> = lost
+            .iter()
+            .take(5)
+            .map(|(namespace, winner)| format!("{namespace} (to {winner})"))
+            .collect();
+        message.push_str(&format!(
+            "; older policies have {} namespaces that this one selects too: {}",
+            lost.len(),
+            few.join(", ")
+        ));
+    }
+    if fences == should {
+        said(true, "Fenced", message)
+    } else {
+        said(false, "Fencing", message)
+    }
+}
