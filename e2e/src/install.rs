@@ -43,11 +43,15 @@ impl Lab {
     /// # Errors
     /// Fails when the API refuses it.
     pub async fn apply_manifests(&self, kustomization: &str) -> anyhow::Result<()> {
-        self.kubectl(&["apply", "--server-side", "-f", "crds/servicefences.yaml"])
+        self.kubectl(&["apply", "--server-side", "-f", "crds/"])
             .await?;
-        let crd = "--for=condition=Established";
-        self.kubectl(&["wait", crd, "crd/servicefences.fenceline.dev"])
-            .await?;
+        let established = "--for=condition=Established";
+        for crd in [
+            "crd/servicefences.fenceline.dev",
+            "crd/fencepolicies.fenceline.dev",
+        ] {
+            self.kubectl(&["wait", established, crd]).await?;
+        }
         self.kubectl(&["apply", "--validate=strict", "-k", kustomization])
             .await
             .map(drop)

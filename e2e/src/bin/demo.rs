@@ -124,7 +124,9 @@ async fn inside(lab: &mut Lab, args: &Args, folder: &Path) -> anyhow::Result<boo
         folder.join("kubeconfig").display()
     ));
     lab.install().await?;
-    progress.say("Fenceline is installed: kubectl apply -f crds/servicefences.yaml; kubectl apply -k global-proxy-config");
+    progress.say(
+        "Fenceline is installed: kubectl apply -f crds/; kubectl apply -k global-proxy-config",
+    );
     lab.idle_services(args.services).await?;
     progress.say(&format!("{} other services are in the mesh", args.services));
     bookinfo(lab).await?;
