@@ -170,6 +170,22 @@ impl Writer {
         })
     }
 
+    /// Sets an annotation of an object of ours, by a field manager of its own, so that applying the object leaves it.
+    ///
+    /// # Errors
+    /// Fails when the API refuses.
+    pub async fn annotate<K: Owned>(&self, have: &K, name: &str, value: &str) -> Result<(), Error> {
+        let object = Key::new(have.namespace().unwrap_or_default(), have.name_any());
+        let patch = json!({"metadata": {"uid": have.uid(), "annotations": {name: value}}});
+        let params = PatchParams {
+            field_manager: Some(format!("{MANAGER}-annotations")),
+            ..PatchParams::default()
+        };
+        let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
+        let written = within(api.patch(&object.name, &params, &Patch::Merge(patch))).await;
+        self.done(K::KIND, "annotate", &object, written).map(drop)
+    }
+
     /// Deletes an object of ours, exactly the one that the watch saw.
     ///
     /// # Errors

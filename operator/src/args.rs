@@ -1,6 +1,8 @@
 //! The command line. Every flag of `run` can be given by environment too.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -64,6 +66,8 @@ pub struct Run {
         default_value = "cluster.local"
     )]
     pub cluster_domain: String,
+    #[command(flatten)]
+    pub prometheus: PrometheusArgs,
     /// Where the access log and the authorization service listen. Keep it on loopback: the sidecar in front of it checks who calls.
     #[arg(
         long,
@@ -84,6 +88,50 @@ pub struct Run {
         default_value = "info,kube_lease_manager=warn"
     )]
     pub log: String,
+}
+
+/// Prometheus as evidence of calls. Lengths of time are written as `90s`, `1h30m`.
+#[derive(Clone, Debug, Parser)]
+pub struct PrometheusArgs {
+    /// Prometheus, or anything with its API, as http://prometheus.monitoring:9090. Absent: nobody is asked, and nothing is
+    /// forgotten.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_URL")]
+    pub prometheus_url: Option<String>,
+    /// A query for calls, once for each; `$namespace` and `$window` are filled in, and its result must have the labels
+    /// source_workload and destination_service. Absent: those of Istio's standard metrics.
+    #[arg(long)]
+    pub prometheus_query: Vec<String>,
+    /// A query for the workloads of `$namespace` that had any counter `$ago`. Absent: that of Istio's standard metrics.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_CALLERS_QUERY")]
+    pub prometheus_callers_query: Option<String>,
+    /// How often each namespace is asked about.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_INTERVAL", default_value = "60s", value_parser = time)]
+    pub prometheus_interval: Duration,
+    /// How far each question looks back.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_WINDOW", default_value = "1h", value_parser = time)]
+    pub prometheus_window: Duration,
+    /// How far the first question about a namespace looks back.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_HISTORY", default_value = "24h", value_parser = time)]
+    pub prometheus_history: Duration,
+    /// How long an answer may take.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_TIMEOUT", default_value = "10s", value_parser = time)]
+    pub prometheus_timeout: Duration,
+    /// A file with a bearer token, read on starting.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_TOKEN_FILE")]
+    pub prometheus_token_file: Option<PathBuf>,
+    /// A file with the certificates, in PEM, of authorities to be trusted beside the system's.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_CA_FILE")]
+    pub prometheus_ca_file: Option<PathBuf>,
+    /// A file with a client certificate and its key, in PEM.
+    #[arg(long, env = "FENCELINE_PROMETHEUS_IDENTITY_FILE")]
+    pub prometheus_identity_file: Option<PathBuf>,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    match fenceline_crds::period(text) {
+        Some(time) if !time.is_zero() => Ok(time),
+        _ => Err("want a length of time, as 90s or 1h30m".to_owned()),
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

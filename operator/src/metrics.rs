@@ -53,6 +53,8 @@ pub struct Metrics {
     /// What became of what the global proxy reported, by outcome.
     pub observations: Family<Outcome, Counter>,
     pub global_proxy_endpoints: Gauge,
+    /// Whether Prometheus answers, and knows something.
+    pub prometheus: Gauge,
     /// What became of first calls.
     pub first_calls: Family<Outcome, Counter>,
     /// Calls that are held now.
@@ -78,6 +80,7 @@ impl Default for Metrics {
             writes: Family::default(),
             observations: Family::default(),
             global_proxy_endpoints: Gauge::default(),
+            prometheus: Gauge::default(),
             first_calls: Family::default(),
             held: Gauge::default(),
             held_for: Histogram::new(exponential_buckets(0.005, 1.5, 20)),
@@ -100,6 +103,7 @@ impl Metrics {
             writes,
             observations,
             global_proxy_endpoints,
+            prometheus,
             first_calls,
             held,
             held_for,
@@ -125,6 +129,8 @@ impl Metrics {
             "Ready endpoints of the global proxy",
             global_proxy_endpoints.clone(),
         );
+        let help = "Whether Prometheus answers and knows requests of fenced workloads";
+        registry.register("prometheus_healthy", help, prometheus.clone());
         let help = "First calls, by what became of them";
         registry.register("first_calls", help, first_calls.clone());
         registry.register("held_calls", "First calls that are held now", held.clone());

@@ -18,7 +18,7 @@ use crate::apply::Writer;
 use crate::args::{LogFormat, Run};
 use crate::clock;
 use crate::deputy;
-use crate::fence::{self, Settings, arrival::Arrivals, learn::Learner};
+use crate::fence::{self, Settings, arrival::Arrivals, learn::Learner, retain::Retention};
 use crate::global_proxy as global_proxy_health;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
@@ -27,10 +27,12 @@ use crate::observe::ext_authz::ExtAuthz;
 use crate::observe::hold::{Holder, Limits};
 use crate::observe::identity::Identity;
 use crate::observe::peer::Door;
+use crate::observe::prometheus::{self, Prometheus};
 use crate::observe::proxy::Eyes;
 use crate::policy;
 use crate::ports;
 use crate::status::StatusWriter;
+use crate::world::World;
 use crate::world::feed::{self, Feed};
 
 /// How long requests that are under way may take to finish when the process is asked to end.
@@ -56,6 +58,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         admin_address,
         log_format,
         log,
+        prometheus,
     } = args;
     start_logging(log_format, &log)?;
     tracing::info!(
@@ -96,6 +99,19 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         clock::system,
     );
     let mut learning = tokio::spawn(Arc::clone(&learner).run());
+
+    let (prometheus, mut wishes) = match prometheus::Settings::of(&prometheus) {
+        None => (None, mpsc::unbounded_channel().1),
+        Some(asked) => {
+            // Fails where somebody did so already.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            let client = prometheus::client(&prometheus)?;
+            let learner = Arc::clone(&learner);
+            let made = Prometheus::new(client, asked, learner, Arc::clone(&metrics));
+            let (prometheus, wishes) = made.context("--prometheus-url")?;
+            (Some(prometheus), wishes)
+        }
+    };
 
     let door = Door {
         global_proxy: Identity {
@@ -161,14 +177,22 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         clock: clock::system,
         arrivals,
         recent: fence::Recent::default(),
+        prometheus: prometheus.clone(),
         failures: std::sync::Mutex::default(),
     });
     let policies = policy::Context {
         writer: writer.clone(),
         status: Arc::clone(&context.status),
         settings: settings.clone(),
+        prometheus: prometheus.clone(),
         clock: clock::system,
     };
+    let retention = prometheus.clone().map(|prometheus| Retention {
+        interval: prometheus.interval(),
+        prometheus,
+        status: Arc::clone(&context.status),
+        clock: clock::system,
+    });
     let candidate = Candidate::stand(client.clone(), namespace, name);
     let mut leads = candidate.leads.clone();
     let work = async {
@@ -189,6 +213,8 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = global_proxy_health::run(world.clone(), Arc::clone(&context.status), settings.clone()) => {}
                 () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
                 () = policy::run(world.clone(), &policies) => {}
+                () = ask(prometheus.as_deref(), &world, &mut wishes) => {}
+                () = forget(retention.as_ref(), &world) => {}
             }
             metrics.leader.set(0);
             tracing::warn!("this replica no longer acts");
@@ -278,4 +304,24 @@ fn start_logging(format: LogFormat, directives: &str) -> anyhow::Result<()> {
         LogFormat::Json => lines.json().init(),
     }
     Ok(())
+}
+
+/// Asks Prometheus, where there is one.
+async fn ask(
+    prometheus: Option<&Prometheus>,
+    world: &watch::Receiver<Arc<World>>,
+    wishes: &mut mpsc::UnboundedReceiver<String>,
+) {
+    match prometheus {
+        Some(prometheus) => prometheus.run(world.clone(), wishes).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Forgets, where anybody can say what was not called.
+async fn forget(retention: Option<&Retention>, world: &watch::Receiver<Arc<World>>) {
+    match retention {
+        Some(retention) => retention.run(world.clone()).await,
+        None => std::future::pending().await,
+    }
 }

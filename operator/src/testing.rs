@@ -73,6 +73,7 @@ pub(crate) fn service(world: &mut World, namespace: &str, name: &str, spec: &str
 pub(crate) fn pod(world: &mut World, namespace: &str, name: &str, address: &str) {
     let facts = PodFacts {
         service_account: name.to_owned(),
+        workload: name.to_owned(),
         labels: [("app".to_owned(), name.to_owned())].into(),
         addresses: vec![address.parse().expect("an address")],
     };

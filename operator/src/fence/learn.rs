@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fenceline_crds::{
-    Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost,
+    Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost, period,
 };
 use jiff::{SignedDuration, Timestamp, Unit};
 use tokio::sync::{Notify, watch};
@@ -24,6 +24,8 @@ use crate::world::{Key, World};
 pub const COALESCE: Duration = Duration::from_millis(20);
 /// `lastSeen` is kept to the hour: it costs a write.
 const FRESH: SignedDuration = SignedDuration::from_hours(1);
+/// Where nothing is ever forgotten, to the day.
+const RARELY: SignedDuration = SignedDuration::from_hours(24);
 /// How many unresolved names a fence shows.
 const SHOWN: usize = 8;
 /// Unresolved names alone are written at most this often for each fence: whoever forges names must not make us write.
@@ -33,10 +35,17 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Hosts whose learning is timed at any moment; more are learnt untimed.
 const TIMED: usize = 16_384;
 
+/// When a host was called, and who says so.
+#[derive(Clone, Debug)]
+struct Sighting {
+    at: Timestamp,
+    evidence: BTreeSet<Evidence>,
+}
+
 /// What there is to write for one fence.
 #[derive(Clone, Debug, Default)]
 struct Pending {
-    hosts: BTreeMap<String, Timestamp>,
+    hosts: BTreeMap<String, Sighting>,
     /// The youngest last; bounded.
     unresolved: VecDeque<UnresolvedHost>,
 }
@@ -92,11 +101,18 @@ impl Learner {
     }
 
     /// A fence's workload called a host; `received` is when we were told.
-    pub fn saw(&self, world: &World, fence: &Key, fqdn: &str, received: Instant) -> Noted {
+    pub fn saw(
+        &self,
+        world: &World,
+        fence: &Key,
+        fqdn: &str,
+        evidence: Evidence,
+        received: Instant,
+    ) -> Noted {
         // Seconds are enough for people to read.
         let now = (self.clock)().round(Unit::Second).unwrap_or_default();
         let known = world.fences.get(fence).is_none_or(|fence| {
-            !fence.spec.believes(Evidence::GlobalProxy) || is_known(fence, fqdn, now)
+            !fence.spec.believes(evidence) || is_known(fence, fqdn, evidence, now)
         });
         if known {
             return Noted::Known;
@@ -107,7 +123,13 @@ impl Learner {
             .entry(fence.clone())
             .or_default()
             .hosts
-            .insert(fqdn.to_owned(), now);
+            .entry(fqdn.to_owned())
+            .or_insert_with(|| Sighting {
+                at: now,
+                evidence: BTreeSet::new(),
+            })
+            .evidence
+            .insert(evidence);
         if inbox.since.len() >= TIMED {
             // Of fences that are not in force; nobody will ask.
             inbox
@@ -273,39 +295,55 @@ impl Learner {
     }
 }
 
-fn is_known(fence: &ServiceFence, fqdn: &str, now: Timestamp) -> bool {
+fn is_known(fence: &ServiceFence, fqdn: &str, evidence: Evidence, now: Timestamp) -> bool {
+    let fresh = freshness(fence, evidence);
     let learnt = fence.status.iter().flat_map(|status| &status.dependencies);
     let mut same = learnt.filter(|learnt| learnt.host == fqdn);
     same.any(|learnt| {
-        learnt
-            .last_seen
-            .is_some_and(|last| now.duration_since(last) < FRESH)
+        let lately = |last: Timestamp| now.duration_since(last) < fresh;
+        learnt.evidence.contains(&evidence) && learnt.last_seen.is_some_and(lately)
     })
+}
+
+/// How old `lastSeen` may get before it is written again. What goes direct is seen all the time, and it matters to
+/// `retention` alone.
+fn freshness(fence: &ServiceFence, evidence: Evidence) -> SignedDuration {
+    let retention = fence.spec.retention.as_ref();
+    let unused_for = retention.and_then(|retention| period(&retention.unused_for));
+    match unused_for.and_then(|unused_for| SignedDuration::try_from(unused_for).ok()) {
+        Some(unused_for) => (unused_for / 4).min(FRESH),
+        None if evidence == Evidence::GlobalProxy => FRESH,
+        None => RARELY,
+    }
 }
 
 /// The fence's status with what was seen.
 fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
     let mut status = fence.status.clone().unwrap_or_default();
     for (host, seen) in &pending.hosts {
+        let fresh = seen.evidence.iter().map(|kind| freshness(fence, *kind));
+        let fresh = fresh.min().unwrap_or(FRESH);
         match status
             .dependencies
             .iter_mut()
             .find(|learnt| learnt.host == *host)
         {
             Some(learnt) => {
-                let fresh = |last: Timestamp| seen.duration_since(last) < FRESH;
-                if !learnt.last_seen.is_some_and(fresh) {
-                    learnt.last_seen = Some(*seen);
+                let lately = |last: Timestamp| seen.at.duration_since(last) < fresh;
+                if !learnt.last_seen.is_some_and(lately) {
+                    learnt.last_seen = Some(seen.at);
                 }
-                if !learnt.evidence.contains(&Evidence::GlobalProxy) {
-                    learnt.evidence.push(Evidence::GlobalProxy);
+                for evidence in &seen.evidence {
+                    if !learnt.evidence.contains(evidence) {
+                        learnt.evidence.push(*evidence);
+                    }
                 }
             }
             None => status.dependencies.push(LearntDependency {
                 host: host.clone(),
-                evidence: vec![Evidence::GlobalProxy],
-                first_seen: *seen,
-                last_seen: Some(*seen),
+                evidence: seen.evidence.iter().copied().collect(),
+                first_seen: seen.at,
+                last_seen: Some(seen.at),
             }),
         }
     }
@@ -338,7 +376,13 @@ mod tests {
     fn seen(hosts: &[&str], second: i64) -> Pending {
         let hosts = hosts
             .iter()
-            .map(|host| ((*host).to_owned(), at(second)))
+            .map(|host| {
+                let sighting = Sighting {
+                    at: at(second),
+                    evidence: [Evidence::GlobalProxy].into(),
+                };
+                ((*host).to_owned(), sighting)
+            })
             .collect();
         Pending {
             hosts,
@@ -360,7 +404,7 @@ mod tests {
         assert_eq!(hosts, ["a", "b", "c"]);
         // Seen again within the hour: nothing to write.
         assert_eq!(merge(&cart, &seen(&["a"], 3599)), status);
-        assert!(is_known(&cart, "a", at(3599)));
+        assert!(is_known(&cart, "a", Evidence::GlobalProxy, at(3599)));
         let later = merge(&cart, &seen(&["a"], 3600));
         assert_eq!(later.dependencies[0].last_seen, Some(at(3600)));
         assert_eq!(later.dependencies[0].first_seen, at(0));

@@ -6,6 +6,7 @@ pub mod plan;
 #[cfg(test)]
 mod plan_tests;
 pub mod redirect;
+pub mod retain;
 mod said;
 pub mod select;
 pub mod stage;
@@ -15,8 +16,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::ServiceFence;
+use fenceline_crds::{Evidence, Mode, ServiceFence};
 use futures::{Stream, StreamExt};
+use jiff::SignedDuration;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{Action, Config, ReconcileRequest, applier};
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -28,10 +30,11 @@ use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
 use crate::clock::Clock;
 use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
-use crate::fence::plan::{Plan, Verdict, plan};
+use crate::fence::plan::{Plan, Verdict, object_name, plan};
 pub use crate::fence::write::Recent;
 use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
+use crate::observe::prometheus::Prometheus;
 use crate::status::{self, StatusWriter};
 use crate::world::feed::Concerned;
 use crate::world::{Host, Key, World};
@@ -40,6 +43,9 @@ use crate::world::{Host, Key, World};
 const RESYNC: Duration = Duration::from_secs(600);
 /// An EnvoyFilter of somebody else's is not watched, so whether it is gone is asked this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// How long a new fence waits for what Prometheus knows of its workload, and how often it looks.
+const HISTORY_WAIT: SignedDuration = SignedDuration::from_secs(5);
+const HISTORY_LOOK: Duration = Duration::from_millis(100);
 /// By then the watch shows what was written.
 const SEEN_BY_NOW: Duration = Duration::from_secs(3);
 /// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
@@ -117,6 +123,7 @@ pub struct Context {
     pub clock: Clock,
     pub arrivals: Arrivals,
     pub recent: Recent,
+    pub prometheus: Option<Arc<Prometheus>>,
     pub failures: std::sync::Mutex<std::collections::HashMap<Key, u32>>,
 }
 
@@ -239,6 +246,9 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     if fence.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
+    if is_too_early(&key, &fence, &world, context) {
+        return Ok(Action::requeue(HISTORY_LOOK));
+    }
     let mut plan = plan(&fence, &world, &context.settings, (context.clock)());
     let mut resync = RESYNC;
     match carry_out(&key, &plan.verdict, &world, context).await {
@@ -293,6 +303,23 @@ async fn report(
             .await;
     }
     Ok(())
+}
+
+/// Whether Prometheus is about to say what the workload of a new fence called so far. A fence does not wait for long:
+/// what is not known then is learnt from first calls.
+fn is_too_early(key: &Key, fence: &ServiceFence, world: &World, context: &Context) -> bool {
+    let object = Key::new(&key.namespace, object_name(&key.name));
+    let Some(prometheus) = &context.prometheus else {
+        return false;
+    };
+    let age = fence.creation_timestamp().map_or(HISTORY_WAIT, |created| {
+        (context.clock)().duration_since(created.0)
+    });
+    fence.spec.mode == Mode::Enforce
+        && fence.spec.believes(Evidence::Prometheus)
+        && !world.sidecars.contains_key(&object)
+        && age < HISTORY_WAIT
+        && !prometheus.knows(&key.namespace)
 }
 
 fn retry(fence: &ServiceFence, error: &Error, context: &Context) -> Action {

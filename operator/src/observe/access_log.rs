@@ -15,6 +15,7 @@ use envoy_types::pb::envoy::service::accesslog::v3::stream_access_logs_message::
 use envoy_types::pb::envoy::service::accesslog::v3::{
     StreamAccessLogsMessage, StreamAccessLogsResponse,
 };
+use fenceline_crds::Evidence;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
@@ -93,7 +94,13 @@ impl AccessLog {
             Ok(host) => {
                 let mut became = "known";
                 for fence in &fences {
-                    let noted = self.learner.saw(&world, fence, &host.fqdn, received);
+                    let noted = self.learner.saw(
+                        &world,
+                        fence,
+                        &host.fqdn,
+                        Evidence::GlobalProxy,
+                        received,
+                    );
                     if noted == Noted::Learnt {
                         became = "learnt";
                     }

@@ -18,6 +18,7 @@ use envoy_types::ext_authz::v3::{
 use envoy_types::pb::envoy::config::core::v3::Address;
 use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
 use envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier;
+use fenceline_crds::Evidence;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
@@ -158,7 +159,13 @@ impl ExtAuthz {
     fn learn(&self, world: &World, decision: &Decision, authority: &str, received: Instant) {
         for fence in &decision.fences {
             match &decision.host {
-                Ok(host) => drop(self.learner.saw(world, fence, &host.fqdn, received)),
+                Ok(host) => drop(self.learner.saw(
+                    world,
+                    fence,
+                    &host.fqdn,
+                    Evidence::GlobalProxy,
+                    received,
+                )),
                 Err(why) => self.learner.saw_unresolved(fence, authority, *why),
             }
         }

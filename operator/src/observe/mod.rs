@@ -6,5 +6,6 @@ pub mod first_call;
 pub mod hold;
 pub mod identity;
 pub mod peer;
+pub mod prometheus;
 pub mod proxy;
 pub mod resolve;

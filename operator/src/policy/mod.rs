@@ -4,6 +4,7 @@
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
+mod promote;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,12 +18,15 @@ use tokio::sync::watch;
 use crate::apply::{self, Writer};
 use crate::clock::Clock;
 use crate::fence::Settings;
+use crate::observe::prometheus::Prometheus;
 use crate::policy::plan::{POLICY, Wanted, made_by_policy, plan, unwanted};
 use crate::status::{Said, StatusWriter, set_conditions};
 use crate::world::{Key, World};
 
 /// How long a change waits for company.
 const COALESCE: Duration = Duration::from_millis(100);
+/// Time alone promotes fences, and Prometheus comes and goes.
+const LOOK_AGAIN: Duration = Duration::from_secs(15);
 /// How long failed writes wait for their next attempt, at first and at most.
 const RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
@@ -34,6 +38,7 @@ pub struct Context {
     pub writer: Writer,
     pub status: Arc<StatusWriter>,
     pub settings: Settings,
+    pub prometheus: Option<Arc<Prometheus>>,
     pub clock: Clock,
 }
 
@@ -47,7 +52,7 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
             Some((then, wanted)) if same_wishes(&then, &now) => wanted,
             _ => plan(&now, &context.settings),
         };
-        let well = write(&wanted, &now, context).await;
+        let well = write(&wanted, &now, context).await & promote::round(&now, context).await;
         report(&wanted, &now, context).await;
         planned = Some((now, wanted));
         if !well {
@@ -57,8 +62,11 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
             continue;
         }
         retry = RETRY;
-        if world.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = world.changed() => if changed.is_err() {
+                return;
+            },
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
         }
         tokio::time::sleep(COALESCE).await;
     }
@@ -156,7 +164,10 @@ fn status(
         observed_generation: policy.metadata.generation,
         conditions: set_conditions(
             &old.conditions,
-            &[ready(name, wanted, namespaces, fences.len())],
+            &[
+                ready(name, wanted, namespaces, fences.len()),
+                evidence(context.prometheus.as_deref()),
+            ],
             policy.metadata.generation,
             (context.clock)(),
         ),
@@ -165,6 +176,28 @@ fn status(
         enforced: having("Enforced"),
         observing: count(observing.count()),
         conflicted: having("Conflicted"),
+    }
+}
+
+/// Whether Prometheus says what is called.
+fn evidence(prometheus: Option<&Prometheus>) -> Said {
+    let (reason, message) = match prometheus {
+        None => (
+            "NotConfigured",
+            "there is no --prometheus-url: nothing is known before it is called, nothing is forgotten, nothing is promoted"
+                .to_owned(),
+        ),
+        Some(prometheus) => {
+            let health = prometheus.health();
+            let health = health.borrow();
+            (health.reason(), health.message())
+        }
+    };
+    Said {
+        type_: "PrometheusHealthy",
+        status: reason == "Healthy",
+        reason,
+        message,
     }
 }
 

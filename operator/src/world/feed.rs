@@ -175,12 +175,36 @@ fn pod_facts(pod: &Pod) -> PodFacts {
         service_account: spec
             .and_then(|spec| spec.service_account_name.clone())
             .unwrap_or_else(|| "default".to_owned()),
+        workload: workload(pod),
         labels: pod.metadata.labels.clone().unwrap_or_default(),
         addresses: addresses
             .filter(|_| addressed)
             .filter_map(|address| address.ip.parse::<IpAddr>().ok())
             .collect(),
     }
+}
+
+/// What a pod is a replica of, by Istio's rules (pkg/kube/inject, `GetDeployMetaFromPod`).
+fn workload(pod: &Pod) -> String {
+    let owners = pod.owner_references().iter();
+    let Some(owner) = owners
+        .into_iter()
+        .find(|owner| owner.controller == Some(true))
+    else {
+        return pod.name_any();
+    };
+    let hash = pod.labels().get("pod-template-hash");
+    let name = owner.name.as_str();
+    let of_deployment = hash
+        .filter(|_| owner.kind == "ReplicaSet")
+        .and_then(|hash| name.strip_suffix(hash.as_str())?.strip_suffix('-'));
+    // The time that a CronJob's Job is for, in minutes since 1970.
+    let of_cron_job = name
+        .rsplit_once('-')
+        .filter(|(_, time)| owner.kind == "Job" && time.len() >= 8)
+        .filter(|(_, time)| time.bytes().all(|byte| byte.is_ascii_digit()))
+        .map(|(name, _)| name);
+    of_deployment.or(of_cron_job).unwrap_or(name).to_owned()
 }
 
 /// <https://kubernetes.io/docs/reference/labels-annotations-taints/#kubernetesioservice-name>

@@ -22,6 +22,8 @@ pub use policies::PolicyFacts;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodFacts {
     pub service_account: String,
+    /// The Deployment, StatefulSet, Job or CronJob that it is of, as Istio names it.
+    pub workload: String,
     pub labels: BTreeMap<String, String>,
     /// Empty for pods in the host's network: an address of theirs says nothing of who calls.
     pub addresses: Vec<IpAddr>,

@@ -1,0 +1,215 @@
+//! Prometheus as evidence: what is known from the start, what stays known, what is forgotten, and what is not.
+
+use std::time::{Duration, Instant};
+
+use fenceline_crds::Evidence;
+use fenceline_e2e::app::{Call, Protocol};
+use fenceline_e2e::install::OPERATOR;
+use fenceline_e2e::lab::request;
+use fenceline_e2e::prometheus::URL;
+use fenceline_e2e::wait::eventually;
+use fenceline_e2e::{Lab, PATIENCE};
+
+const CLIENT: (&str, &str) = ("shop", "client");
+const REVIEWS: &str = "reviews.shop.svc.cluster.local";
+const LEDGER: &str = "ledger.bank.svc.cluster.local";
+
+/// A mesh in which a client has called two services before Fenceline was there.
+async fn mesh(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<[Call; 2]> {
+    for namespace in ["shop", "bank"] {
+        lab.namespace(namespace).await?;
+    }
+    lab.workload(CLIENT, &[80]).await?;
+    lab.workload(("shop", "reviews"), &[9080]).await?;
+    lab.workload(("bank", "ledger"), &[80]).await?;
+    lab.start_prometheus().await?;
+    let calls = ["reviews:9080", "ledger.bank:80"];
+    for authority in calls {
+        lab.until_direct(CLIENT, Protocol::Http1, authority).await?;
+    }
+    until_counted(lab, LEDGER).await?;
+    let url = format!("--prometheus-url={URL}");
+    lab.operator_args = [&[url.as_str(), "--prometheus-interval=2s"], flags]
+        .concat()
+        .iter()
+        .map(|flag| (*flag).to_owned())
+        .collect();
+    lab.install().await?;
+    Ok([
+        request(
+            Protocol::Http1,
+            calls[0],
+            lab.resolve("shop", "reviews", 9080).await?,
+        ),
+        request(
+            Protocol::Http1,
+            calls[1],
+            lab.resolve("bank", "ledger", 80).await?,
+        ),
+    ])
+}
+
+async fn until_counted(lab: &Lab, host: &str) -> anyhow::Result<()> {
+    eventually(
+        PATIENCE,
+        &format!("calls to {host} are counted"),
+        async || {
+            let query = format!(
+                "istio_requests_total{{source_workload='client', destination_service='{host}'}} > 0"
+            );
+            anyhow::ensure!(!lab.query_prometheus(&query).await?.is_empty());
+            Ok(())
+        },
+    )
+    .await
+}
+
+/// The evidence for each host of the client's fence.
+async fn known(lab: &Lab) -> anyhow::Result<Vec<(String, Vec<Evidence>)>> {
+    let status = lab.get_fence(CLIENT).await?.status.unwrap_or_default();
+    let dependencies = status.dependencies.into_iter();
+    Ok(dependencies
+        .map(|known| (known.host, known.evidence))
+        .collect())
+}
+
+async fn until_policy_says(lab: &Lab, type_: &str, reason: &str) -> anyhow::Result<()> {
+    let path = format!("jsonpath={{.status.conditions[?(@.type==\"{type_}\")].reason}}");
+    eventually(
+        PATIENCE,
+        &format!("the policy's {type_} is {reason}"),
+        async || {
+            let said = lab
+                .kubectl(&["get", "fencepolicy", "every", "-o", &path])
+                .await?;
+            anyhow::ensure!(said == reason, "{said}");
+            Ok(())
+        },
+    )
+    .await
+}
+
+async fn policy(lab: &Lab, spec: &str) -> anyhow::Result<()> {
+    lab.apply(&format!(
+        "{{apiVersion: fenceline.dev/v1alpha1, kind: FencePolicy, metadata: {{name: every}}, \
+         spec: {{namespaceSelector: {{}}, {spec}}}}}"
+    ))
+    .await
+}
+
+#[test]
+fn a_running_mesh_is_known_before_the_first_call() {
+    fenceline_e2e::test(async |lab| {
+        let calls = mesh(lab, &[]).await?;
+        policy(lab, "template: {mode: Enforce}").await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
+        let seen = vec![Evidence::Prometheus];
+        let want = [
+            (LEDGER.to_owned(), seen.clone()),
+            (REVIEWS.to_owned(), seen),
+        ];
+        anyhow::ensure!(known(lab).await? == want, "{:?}", known(lab).await?);
+        lab.until_forgotten(CLIENT, "client.shop.svc.cluster.local")
+            .await?;
+        for call in &calls {
+            let report = lab.call(CLIENT, call).await?.report()?;
+            anyhow::ensure!(report.peer() == Some("spiffe://cluster.local/ns/shop/sa/client"));
+        }
+        let first = lab
+            .metric(OPERATOR, "fenceline_first_calls_total", "")
+            .await?;
+        anyhow::ensure!(first < 0.5, "{first} first calls");
+        until_policy_says(lab, "PrometheusHealthy", "Healthy").await?;
+
+        // Gone: nothing is lost, and it is said.
+        lab.stop_prometheus().await?;
+        until_policy_says(lab, "PrometheusHealthy", "Failing").await?;
+        anyhow::ensure!(known(lab).await? == want);
+        lab.start_prometheus().await?;
+        until_policy_says(lab, "PrometheusHealthy", "Healthy").await
+    });
+}
+
+#[test]
+fn a_fence_that_observes_is_promoted_once_nothing_new_is_learnt() {
+    fenceline_e2e::test(async |lab| {
+        let [reviews, _] = mesh(lab, &["--prometheus-window=20s"]).await?;
+        let start = Instant::now();
+        policy(
+            lab,
+            "template: {mode: Observe}, promote: {after: 8s, quietFor: 5s}",
+        )
+        .await?;
+        let message = lab.until_reason(CLIENT, "Observing").await?;
+        println!("{message}");
+        let lab = &*lab;
+        let traffic = async {
+            loop {
+                lab.call(CLIENT, &reviews).await?;
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        tokio::select! {
+            enforced = lab.until_reason(CLIENT, "Enforced") => drop(enforced?),
+            ended = traffic => return ended,
+        }
+        let took = start.elapsed();
+        anyhow::ensure!(took > Duration::from_secs(8), "after {took:?}");
+        lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
+            .await
+            .map(drop)
+    });
+}
+
+#[test]
+fn what_is_not_called_is_forgotten_and_what_is_not_known_is_not() {
+    fenceline_e2e::test(async |lab| {
+        let [reviews, ledger] = mesh(lab, &["--prometheus-window=15s"]).await?;
+        lab.fence(CLIENT, "{retention: {unusedFor: 1m}}").await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
+        lab.call(CLIENT, &ledger).await?.report()?;
+        let start = Instant::now();
+        let lab_ = &*lab;
+        let traffic = async {
+            loop {
+                let outcome = lab_.call(CLIENT, &reviews).await?;
+                anyhow::ensure!(outcome.status == 200, "{outcome:?}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let gone = async {
+            loop {
+                let known = known(lab_).await?;
+                if known.iter().all(|(host, _)| host != LEDGER) {
+                    return anyhow::Ok(());
+                }
+                anyhow::ensure!(start.elapsed() < Duration::from_secs(150), "{known:?}");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        };
+        tokio::select! {
+            gone = gone => gone?,
+            ended = traffic => return ended,
+        }
+        println!("forgotten {:.0?} after its last call", start.elapsed());
+        anyhow::ensure!(start.elapsed() > Duration::from_secs(60));
+        let hosts: Vec<String> = known(lab)
+            .await?
+            .into_iter()
+            .map(|(host, _)| host)
+            .collect();
+        anyhow::ensure!(hosts == [REVIEWS], "{hosts:?}");
+        let events = lab
+            .kubectl(&["-n", "shop", "get", "events", "-o", "wide"])
+            .await?;
+        anyhow::ensure!(
+            events.contains("Forgot") && events.contains(LEDGER),
+            "{events}"
+        );
+        // A call brings it back.
+        lab.until_forgotten(CLIENT, LEDGER).await?;
+        lab.held_call(CLIENT, Protocol::Http1, "ledger.bank:80")
+            .await
+            .map(drop)
+    });
+}

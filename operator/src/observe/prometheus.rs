@@ -1,0 +1,477 @@
+//! Prometheus: which workload sent requests or opened connections to which host. Counters say so while traffic goes
+//! direct, when the global proxy no longer sees it, and say it of the past: an installation into a running mesh does not
+//! begin by knowing nothing.
+//!
+//! Asked namespace by namespace, so that no answer gets huge. What it does not say takes nothing away: only
+//! [`crate::fence::retain`] does, after a question of its own.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use fenceline_crds::{Evidence, ServiceFence};
+use kube::ResourceExt;
+use prometheus_http_query::Client;
+use reqwest::header::{AUTHORIZATION, HeaderValue};
+use tokio::sync::{mpsc, watch};
+
+use super::resolve::resolve;
+use crate::args::PrometheusArgs;
+use crate::fence::learn::Learner;
+use crate::fence::select;
+use crate::metrics::Metrics;
+use crate::world::{Key, World};
+
+/// How Prometheus is asked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub url: String,
+    /// Queries with `$namespace` and `$window` in them; their results have the labels [`WORKLOAD`] and [`SERVICE`].
+    pub queries: Vec<String>,
+    /// A query with `$namespace` and `$ago` in it, for the workloads that had counters then.
+    pub callers: String,
+    /// How often each namespace is asked about.
+    pub interval: Duration,
+    /// How far each question looks back; longer than the interval, so that an answer may be missed.
+    pub window: Duration,
+    /// How far the first question about a namespace looks back.
+    pub history: Duration,
+    pub timeout: Duration,
+}
+
+impl Settings {
+    /// What the flags say; nothing without an URL.
+    pub fn of(args: &PrometheusArgs) -> Option<Self> {
+        let queries = if args.prometheus_query.is_empty() {
+            vec![query(REQUESTS), query(CONNECTIONS)]
+        } else {
+            args.prometheus_query.clone()
+        };
+        Some(Self {
+            url: args.prometheus_url.clone()?,
+            queries,
+            callers: args
+                .prometheus_callers_query
+                .clone()
+                .unwrap_or_else(callers),
+            interval: args.prometheus_interval,
+            window: args.prometheus_window.max(args.prometheus_interval),
+            history: args.prometheus_history,
+            timeout: args.prometheus_timeout,
+        })
+    }
+}
+
+/// A client with what the flags say of tokens and certificates.
+///
+/// # Errors
+/// Fails when a file cannot be read, or is not what it should be.
+pub fn client(args: &PrometheusArgs) -> anyhow::Result<reqwest::Client> {
+    let read = |path: &Path| {
+        let name = path.display().to_string();
+        std::fs::read(path).context(name)
+    };
+    let mut builder = reqwest::Client::builder().connect_timeout(args.prometheus_timeout);
+    if let Some(path) = &args.prometheus_token_file {
+        let token = String::from_utf8(read(path)?).context("--prometheus-token-file")?;
+        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim()))
+            .context("--prometheus-token-file")?;
+        value.set_sensitive(true);
+        builder = builder.default_headers([(AUTHORIZATION, value)].into_iter().collect());
+    }
+    if let Some(path) = &args.prometheus_ca_file {
+        let trusted = reqwest::Certificate::from_pem_bundle(&read(path)?);
+        let trusted = trusted.context("--prometheus-ca-file")?;
+        builder = builder.tls_certs_merge(trusted);
+    }
+    if let Some(path) = &args.prometheus_identity_file {
+        let identity = reqwest::Identity::from_pem(&read(path)?);
+        builder = builder.identity(identity.context("--prometheus-identity-file")?);
+    }
+    builder.build().context("Prometheus")
+}
+
+/// The label of a result that names the caller: the Deployment, StatefulSet, Job or CronJob, as Istio does.
+pub const WORKLOAD: &str = "source_workload";
+/// The label that names the host.
+pub const SERVICE: &str = "destination_service";
+
+/// Istio's counters, by the callers' proxies. A series that is new counts from its first sample, which `increase` does not see.
+/// <https://istio.io/latest/docs/reference/config/metrics/>
+pub const REQUESTS: &str = "istio_requests_total";
+pub const CONNECTIONS: &str = "istio_tcp_connections_opened_total";
+
+/// The query for a counter of Istio's.
+pub fn query(counter: &str) -> String {
+    let series =
+        format!(r#"{counter}{{reporter="source",source_workload_namespace="$namespace"}}"#);
+    format!(
+        "sum by ({WORKLOAD}, {SERVICE}) (increase({series}[$window])) > 0 or \
+         sum by ({WORKLOAD}, {SERVICE}) (last_over_time({series}[$window]) unless last_over_time({series}[$window] offset $window)) > 0"
+    )
+}
+
+/// The query for the workloads that had any counter of Istio's some time ago.
+pub fn callers() -> String {
+    let matchers = r#"reporter="source",source_workload_namespace="$namespace""#;
+    format!(
+        r#"count by ({WORKLOAD}) ({{__name__=~"{REQUESTS}|{CONNECTIONS}",{matchers}}} offset $ago)"#
+    )
+}
+
+/// A length of time as PromQL writes it.
+pub fn promql(time: Duration) -> String {
+    format!("{}ms", time.as_millis())
+}
+
+/// How Prometheus is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It has not been asked yet.
+    Unknown,
+    Healthy,
+    /// It answers, and says nothing of any fenced workload.
+    Empty,
+    /// It does not answer, or with an error.
+    Failing(String),
+}
+
+impl Health {
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Unknown => "NotAskedYet",
+            Self::Healthy => "Healthy",
+            Self::Empty => "Empty",
+            Self::Failing(_) => "Failing",
+        }
+    }
+
+    pub fn message(&self) -> String {
+        match self {
+            Self::Unknown => "Prometheus has not been asked yet".to_owned(),
+            Self::Healthy => "Prometheus answers".to_owned(),
+            Self::Empty => "Prometheus answers, and knows no requests of any fenced workload: does it scrape the proxies, with Istio's \
+                            standard metrics? Nothing is forgotten"
+                .to_owned(),
+            Self::Failing(why) => format!("Prometheus does not answer: {why}. Nothing is forgotten"),
+        }
+    }
+}
+
+/// Asks Prometheus.
+pub struct Prometheus {
+    client: Client,
+    settings: Settings,
+    learner: Arc<Learner>,
+    metrics: Arc<Metrics>,
+    asked: Mutex<Asked>,
+    wanted: mpsc::UnboundedSender<String>,
+    health: watch::Sender<Health>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    /// Since when each namespace's history is known.
+    namespaces: HashMap<String, Instant>,
+    /// Workloads that were seen to call anything, and when that was last said.
+    callers: HashMap<Key, Instant>,
+}
+
+/// An edge: the workload's name, and the host that it called.
+pub type Edge = (String, String);
+
+impl Prometheus {
+    pub fn new(
+        client: reqwest::Client,
+        settings: Settings,
+        learner: Arc<Learner>,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<String>), prometheus_http_query::Error> {
+        let client = Client::from(client, &settings.url)?;
+        let (wanted, wishes) = mpsc::unbounded_channel();
+        let this = Self {
+            client,
+            settings,
+            learner,
+            metrics,
+            asked: Mutex::default(),
+            wanted,
+            health: watch::channel(Health::Unknown).0,
+        };
+        Ok((Arc::new(this), wishes))
+    }
+
+    pub fn interval(&self) -> Duration {
+        self.settings.interval
+    }
+
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
+    fn asked(&self) -> std::sync::MutexGuard<'_, Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the history of a namespace is known; if not, it is asked for at once.
+    pub fn knows(&self, namespace: &str) -> bool {
+        let known = self.asked().namespaces.contains_key(namespace);
+        if !known {
+            // Nobody asks where no replica leads.
+            let _ = self.wanted.send(namespace.to_owned());
+        }
+        known
+    }
+
+    /// Whether a workload of the fence was lately seen to call anything: what it did not call, it did not call.
+    pub fn sees(&self, world: &World, fence: &Key) -> bool {
+        let workloads = workloads_of(world, fence);
+        let asked = self.asked();
+        let fresh = self.settings.interval * 3;
+        let seen = |workload: &String| {
+            let key = Key::new(fence.namespace.clone(), workload.clone());
+            asked
+                .callers
+                .get(&key)
+                .is_some_and(|at| at.elapsed() < fresh)
+        };
+        workloads.iter().any(seen)
+    }
+
+    /// Asks again and again, as long as it is polled: the leader's work.
+    pub async fn run(
+        &self,
+        world: watch::Receiver<Arc<World>>,
+        wishes: &mut mpsc::UnboundedReceiver<String>,
+    ) {
+        let mut tick = tokio::time::interval(self.settings.interval);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                Some(namespace) = wishes.recv() => {
+                    if !self.asked().namespaces.contains_key(&namespace) {
+                        let result = self.ask(&world, &namespace).await;
+                        self.say(&[result]);
+                    }
+                }
+                _ = tick.tick() => {
+                    let namespaces: BTreeSet<String> =
+                        world.borrow().fences.keys().map(|key| key.namespace.clone()).collect();
+                    let mut results = Vec::new();
+                    for namespace in &namespaces {
+                        results.push(self.ask(&world, namespace).await);
+                        if results.last().is_some_and(Result::is_err) {
+                            // The others would wait as long.
+                            break;
+                        }
+                    }
+                    self.asked().namespaces.retain(|known, _| namespaces.contains(known));
+                    self.say(&results);
+                }
+            }
+        }
+    }
+
+    /// Asks about one namespace and learns from the answer; says how many edges it has.
+    async fn ask(
+        &self,
+        world: &watch::Receiver<Arc<World>>,
+        namespace: &str,
+    ) -> Result<usize, prometheus_http_query::Error> {
+        let known = self.asked().namespaces.contains_key(namespace);
+        let window = if known {
+            self.settings.window
+        } else {
+            self.settings.history
+        };
+        let edges = self.edges_of(namespace, window).await?;
+        let received = Instant::now();
+        let mut asked = self.asked();
+        asked.namespaces.insert(namespace.to_owned(), received);
+        for (workload, _) in &edges {
+            let caller = Key::new(namespace, workload.clone());
+            asked.callers.insert(caller, received);
+        }
+        drop(asked);
+        let world = Arc::clone(&world.borrow());
+        for (fence, host) in of_fences(&world, namespace, &edges) {
+            self.learner
+                .saw(&world, &fence, &host, Evidence::Prometheus, received);
+        }
+        Ok(edges.len())
+    }
+
+    /// The edges of a namespace's workloads over the last `window`.
+    ///
+    /// # Errors
+    /// Fails when Prometheus does not answer, or refuses a query.
+    pub async fn edges_of(
+        &self,
+        namespace: &str,
+        window: Duration,
+    ) -> Result<BTreeSet<Edge>, prometheus_http_query::Error> {
+        let mut edges = BTreeSet::new();
+        for query in &self.settings.queries {
+            let query = query
+                .replace("$namespace", namespace)
+                .replace("$window", &promql(window));
+            edges.extend(self.edges(&query).await?);
+        }
+        Ok(edges)
+    }
+
+    /// The workloads of a namespace that were seen to call anything so long ago.
+    ///
+    /// # Errors
+    /// Fails when Prometheus does not answer, or refuses the query.
+    pub async fn callers_at(
+        &self,
+        namespace: &str,
+        ago: Duration,
+    ) -> Result<BTreeSet<String>, prometheus_http_query::Error> {
+        let query = self
+            .settings
+            .callers
+            .replace("$namespace", namespace)
+            .replace("$ago", &promql(ago));
+        let edges = self.edges(&query).await?;
+        Ok(edges.into_iter().map(|(workload, _)| workload).collect())
+    }
+
+    async fn edges(&self, query: &str) -> Result<BTreeSet<Edge>, prometheus_http_query::Error> {
+        let timeout = i64::try_from(self.settings.timeout.as_millis()).unwrap_or(i64::MAX);
+        let answer = self.client.query(query).timeout(timeout).get().await?;
+        let vector = answer.data().as_vector().into_iter().flatten();
+        let edge = |labels: &HashMap<String, String>| {
+            let service = labels.get(SERVICE).cloned().unwrap_or_default();
+            Some((labels.get(WORKLOAD)?.clone(), service))
+        };
+        Ok(vector.filter_map(|one| edge(one.metric())).collect())
+    }
+
+    fn say(&self, results: &[Result<usize, prometheus_http_query::Error>]) {
+        let failed = results.iter().find_map(|result| result.as_ref().err());
+        let edges: usize = results.iter().flatten().sum();
+        let health = match failed {
+            Some(error) => Health::Failing(crate::chain(error)),
+            None if edges > 0 || results.is_empty() => Health::Healthy,
+            None => Health::Empty,
+        };
+        self.metrics
+            .prometheus
+            .set(i64::from(health == Health::Healthy));
+        self.health.send_if_modified(|old| {
+            let changed = old.reason() != health.reason();
+            if changed {
+                tracing::info!(
+                    health = health.reason(),
+                    message = health.message(),
+                    "Prometheus"
+                );
+            }
+            let differs = *old != health;
+            *old = health;
+            differs
+        });
+    }
+}
+
+/// The edges of fenced workloads, by fence, with the host's full name.
+fn of_fences(world: &World, namespace: &str, edges: &BTreeSet<Edge>) -> BTreeSet<(Key, String)> {
+    let mut fences: HashMap<&str, BTreeSet<Key>> = HashMap::new();
+    for (key, _) in select::fences_in(world, namespace) {
+        for workload in workloads_of(world, key) {
+            if let Some((name, _)) = edges.iter().find(|(name, _)| *name == workload) {
+                fences.entry(name).or_default().insert(key.clone());
+            }
+        }
+    }
+    let mut known = BTreeSet::new();
+    for (workload, service) in edges {
+        let Some(fences) = fences.get(workload.as_str()) else {
+            continue;
+        };
+        // What is not the mesh's is nothing to learn: `unknown`, PassthroughCluster, names outside.
+        if let Ok(host) = resolve(world, namespace, service) {
+            known.extend(
+                fences
+                    .iter()
+                    .map(|fence| (fence.clone(), host.fqdn.clone())),
+            );
+        }
+    }
+    known
+}
+
+/// The workloads that a fence stands for: those of its pods, and one of its own name while none run.
+pub fn workloads_of(world: &World, fence: &Key) -> BTreeSet<String> {
+    let Some(object) = world.fences.get(fence) else {
+        return BTreeSet::new();
+    };
+    let mut workloads: BTreeSet<String> = select::labels(object, world)
+        .map(|labels| {
+            select::pods_in(world, &fence.namespace)
+                .filter(|pod| select::matches(&labels, &pod.labels))
+                .map(|pod| pod.workload.clone())
+                .collect()
+        })
+        .unwrap_or_default();
+    if workloads.is_empty() {
+        workloads.insert(by_name(object));
+    }
+    workloads
+}
+
+fn by_name(fence: &ServiceFence) -> String {
+    let name = fence.name_any();
+    name.strip_prefix("workload-").unwrap_or(&name).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{fence, pod, service, world};
+
+    #[test]
+    fn edges_become_dependencies_of_the_workloads_fences() {
+        let mut mesh = world();
+        service(&mut mesh, "shop", "cart", "{}");
+        service(&mut mesh, "bank", "ledger", "{}");
+        pod(&mut mesh, "shop", "cart", "10.1.0.1");
+        for name in ["cart", "idle"] {
+            let fence = fence(
+                "shop",
+                name,
+                "{workload: {selector: {matchLabels: {app: cart}}}}",
+            );
+            mesh.fences.insert(Key::new("shop", name), fence.into());
+        }
+        let edge = |workload: &str, host: &str| (workload.to_owned(), host.to_owned());
+        let edges = BTreeSet::from([
+            edge("cart", "ledger.bank.svc.cluster.local"),
+            edge("cart", "unknown"),
+            edge("cart", "example.com"),
+            edge("other", "ledger.bank.svc.cluster.local"),
+        ]);
+        let ledger = "ledger.bank.svc.cluster.local".to_owned();
+        let want = BTreeSet::from([
+            (Key::new("shop", "cart"), ledger.clone()),
+            (Key::new("shop", "idle"), ledger),
+        ]);
+        assert_eq!(of_fences(&mesh, "shop", &edges), want);
+        assert!(of_fences(&mesh, "bank", &edges).is_empty());
+    }
+
+    #[test]
+    fn a_fence_whose_pods_are_away_goes_by_its_name() {
+        let mut mesh = world();
+        service(&mut mesh, "shop", "cart", "{}");
+        let fence = fence("shop", "workload-cart", "{workload: {service: cart}}");
+        let key = Key::new("shop", "workload-cart");
+        mesh.fences.insert(key.clone(), fence.into());
+        assert_eq!(workloads_of(&mesh, &key), ["cart".to_owned()].into());
+    }
+}
