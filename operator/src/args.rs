@@ -53,6 +53,9 @@ pub struct Run {
     /// Istio's root namespace, whose policies apply to the whole mesh: meshConfig.rootNamespace.
     #[arg(long, env = "FENCELINE_ROOT_NAMESPACE", default_value = "istio-system")]
     pub root_namespace: String,
+    /// The ConfigMap with Istio's MeshConfig, NAMESPACE/NAME; `istio-REVISION` with a revision.
+    #[arg(long, env = "FENCELINE_MESH_CONFIG", default_value = "istio-system/istio", value_parser = key)]
+    pub mesh_config: Key,
     /// How many first calls of one pod are held at any moment; more are forwarded or refused, as the fence says.
     #[arg(long, env = "FENCELINE_HELD_PER_CALLER", default_value_t = 100)]
     pub held_per_caller: usize,

@@ -50,6 +50,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         ask_port,
         forward_port,
         root_namespace,
+        mesh_config,
         held_per_caller,
         held_in_all,
         trust_domain,
@@ -79,6 +80,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         cluster_domain,
         trust_domain,
         root_namespace,
+        mesh_config,
     };
     let Feed {
         world,

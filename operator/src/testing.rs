@@ -31,6 +31,7 @@ pub(crate) fn settings() -> Settings {
         cluster_domain: "cluster.local".into(),
         trust_domain: "cluster.local".into(),
         root_namespace: "istio-system".into(),
+        mesh_config: Key::new("istio-system", "istio"),
     }
 }
 

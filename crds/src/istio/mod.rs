@@ -119,6 +119,39 @@ pub struct ServiceEntrySpec {
     pub other: Other,
 }
 
+/// A route of the Gateway API; with a Service as parent, sidecars apply it.
+/// <https://gateway-api.sigs.k8s.io/reference/spec/#httproutespec>
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "gateway.networking.k8s.io",
+    version = "v1",
+    kind = "HTTPRoute",
+    namespaced,
+    schema = "disabled",
+    derive = "PartialEq",
+    derive = "Default"
+)]
+pub struct HTTPRouteSpec {
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+/// The same for gRPC.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "gateway.networking.k8s.io",
+    version = "v1",
+    kind = "GRPCRoute",
+    namespaced,
+    schema = "disabled",
+    derive = "PartialEq",
+    derive = "Default"
+)]
+pub struct GRPCRouteSpec {
+    #[serde(flatten)]
+    pub other: Other,
+}
+
 /// <https://istio.io/latest/docs/reference/config/security/authorization-policy/>
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[kube(

@@ -67,6 +67,8 @@ pub struct Settings {
     pub trust_domain: String,
     /// Istio's root namespace, whose policies apply to the whole mesh.
     pub root_namespace: String,
+    /// The ConfigMap with MeshConfig.
+    pub mesh_config: Key,
 }
 
 impl Settings {

@@ -181,6 +181,11 @@ fn scope(
         NonHttp::Learn => view.always.difference(&view.non_http).cloned().collect(),
     };
     always.insert(settings.global_proxy());
+    for host in world.mesh_config.iter() {
+        let found = resolve(world, &settings.root_namespace, host);
+        let found = found.map(|host| hosts_named(world, namespace, &host.fqdn));
+        always.extend(found.unwrap_or_default());
+    }
     scoped.counts.always = count(always.len());
 
     let learnt: BTreeSet<Host> = learnt(fence, namespace, world)
@@ -222,6 +227,13 @@ fn scope(
             }
         }
     }
+    let targets: BTreeSet<Host> = learnt
+        .iter()
+        .chain(&named)
+        .chain(&declared)
+        .flat_map(|host| alias_target(world, namespace, &host.fqdn))
+        .collect();
+    declared.extend(targets);
     let known = learnt.iter().chain(&named).chain(&declared);
     let known: BTreeSet<&str> = known.map(|host| host.fqdn.as_str()).collect();
     let (implied, remarks) = aliases(fence, &known, namespace, world);
@@ -300,6 +312,15 @@ fn named(
         .take(MOST_NAMED)
         .flat_map(|service| world.providers(namespace, &world.fqdn(service)))
         .collect()
+}
+
+/// What an ExternalName in the mesh stands for: istiod knows it as another name of that, and of nothing that is not in
+/// scope (pilot/pkg/model/sidecar.go, `matchingAliasService`).
+fn alias_target(world: &World, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
+    let service = world.service_named(fqdn);
+    let facts = service.and_then(|key| world.services.get(&key));
+    let target = facts.and_then(|facts| facts.alias_of.clone());
+    target.map_or_else(BTreeSet::new, |target| world.providers(namespace, &target))
 }
 
 /// The hosts that go with those that are `known`, and aliases that mean nothing, each with why.

@@ -9,7 +9,9 @@ use proptest::prelude::*;
 
 use super::plan::{Objects, Plan, Verdict, plan};
 use super::select::NoPods;
-use crate::testing::{fence, foreign_sidecar, load, pod, service, settings, world};
+use crate::testing::{
+    fence, foreign_sidecar, load, pod, service, service_entry, settings, virtual_service, world,
+};
 use crate::world::{Key, NamedHosts, World};
 
 fn planned(fence: &ServiceFence, world: &World) -> Plan {
@@ -314,4 +316,101 @@ proptest! {
         }
         prop_assert_eq!(planned(&cart, &again).verdict, plan.verdict);
     }
+}
+
+#[test]
+fn what_comes_with_a_host() {
+    let mut mesh = world();
+    for (namespace, name) in [("shop", "cart"), ("bank", "ledger"), ("bank", "vault")] {
+        service(&mut mesh, namespace, name, "{}");
+    }
+    let alias = "{selector: null, type: ExternalName, externalName: vault.bank.svc.cluster.local}";
+    service(&mut mesh, "bank", "alias", alias);
+    service(&mut mesh, "istio-system", "zipkin", "{}");
+    mesh.mesh_config = BTreeSet::from(["zipkin.istio-system".to_owned()]).into();
+    service_entry(
+        &mut mesh,
+        "bank",
+        "outside",
+        "{hosts: ['*.example.com', api.example.com]}",
+    );
+    service_entry(
+        &mut mesh,
+        "bank",
+        "hidden",
+        "{hosts: ['*.example.org'], exportTo: [.]}",
+    );
+    let routes = "{hosts: ['*.bank.svc.cluster.local'], http: []}";
+    virtual_service(&mut mesh, "routes", "for-bank", routes);
+    let calls = [
+        "ledger.bank.svc.cluster.local",
+        "alias.bank.svc.cluster.local",
+    ];
+    let cart = knows(fence("shop", "cart", "{}"), &calls);
+    let plan = planned(&cart, &mesh);
+    let mut want = vec![
+        // A wildcard is a host of its own; the VirtualService's comes by the names that it is for.
+        "bank/*.example.com",
+        "bank/alias.bank.svc.cluster.local",
+        "bank/api.example.com",
+        "bank/ledger.bank.svc.cluster.local",
+        "bank/vault.bank.svc.cluster.local",
+        GLOBAL_PROXY,
+        "istio-system/zipkin.istio-system.svc.cluster.local",
+        "routes/alias.bank.svc.cluster.local",
+        "routes/ledger.bank.svc.cluster.local",
+        "routes/vault.bank.svc.cluster.local",
+    ];
+    want.sort_unstable();
+    assert_eq!(hosts(&plan), want);
+}
+
+#[test]
+fn aliases_bring_other_hosts() {
+    let mut mesh = world();
+    for name in ["cart", "reviews", "reviews-cache"] {
+        service(&mut mesh, "shop", name, "{}");
+    }
+    let spec = r"
+aliases:
+- {pattern: '(?P<svc>[^.]+)[.]shop[.]svc[.].*', hosts: ['$svc-cache.shop.svc.cluster.local']}
+- {pattern: '(', hosts: [x]}
+";
+    let cart = knows(
+        fence("shop", "cart", spec),
+        &["reviews.shop.svc.cluster.local"],
+    );
+    let plan = planned(&cart, &mesh);
+    assert!(hosts(&plan).contains(&"shop/reviews-cache.shop.svc.cluster.local"));
+    assert!(
+        plan.remarks[0].starts_with("spec.aliases[1].pattern: "),
+        "{:?}",
+        plan.remarks
+    );
+}
+
+#[test]
+fn ports_that_are_not_http_can_be_learnt_too() {
+    let mut mesh = world();
+    service(&mut mesh, "shop", "cart", "{}");
+    let tcp = "{ports: [{port: 5432, name: tcp}]}";
+    service(&mut mesh, "bank", "db", tcp);
+    service(&mut mesh, "bank", "other", tcp);
+    service(
+        &mut mesh,
+        "bank",
+        "shards",
+        "{clusterIPs: [None], ports: [{port: 5432, name: tcp}]}",
+    );
+    let cart = knows(
+        fence("shop", "cart", "{nonHTTP: Learn}"),
+        &["db.bank.svc.cluster.local"],
+    );
+    // The pods of a headless Service are called by address: nobody could tell which Service was meant.
+    let want = [
+        "bank/db.bank.svc.cluster.local",
+        "bank/shards.bank.svc.cluster.local",
+        GLOBAL_PROXY,
+    ];
+    assert_eq!(hosts(&planned(&cart, &mesh)), want);
 }

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use fenceline_crds::istio::{
-    AuthorizationPolicy, EnvoyFilter, ServiceEntry, Sidecar, VirtualService,
+    AuthorizationPolicy, EnvoyFilter, GRPCRoute, HTTPRoute, ServiceEntry, Sidecar, VirtualService,
 };
 use fenceline_crds::{FencePolicy, ServiceFence};
 use futures::{StreamExt, pin_mut};
-use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::core::DeserializeGuard;
@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use super::task::Concerned;
 use super::task::{Change, WorldTask};
-use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
+use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World, mesh_config};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
 use crate::fence::Settings;
 use crate::metrics::Metrics;
@@ -31,7 +31,7 @@ use crate::metrics::Metrics;
 pub(super) const BACKLOG: usize = 4096;
 
 /// The kinds that are watched, by the names that metrics and readiness use.
-pub const KINDS: [&str; 12] = [
+pub const KINDS: [&str; 15] = [
     "Namespace",
     "Service",
     "ServiceEntry",
@@ -43,8 +43,14 @@ pub const KINDS: [&str; 12] = [
     "EnvoyFilter",
     "ServiceFence",
     "FencePolicy",
+    "HTTPRoute",
+    "GRPCRoute",
+    "ConfigMap",
     "CustomResourceDefinition",
 ];
+
+/// Kinds that a cluster need not have.
+const OPTIONAL: [&str; 2] = ["HTTPRoute", "GRPCRoute"];
 
 /// Where the world comes out.
 #[derive(Debug)]
@@ -62,6 +68,7 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
         cluster_domain,
         global_proxy,
         root_namespace,
+        mesh_config,
         ..
     } = settings;
     let (changes, inbox) = mpsc::channel(BACKLOG);
@@ -125,6 +132,20 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
         Change::Fence(key, object.map(Box::new))
     });
 
+    let domain = cluster_domain.clone();
+    watches.watch(&all, move |key, object: Option<HTTPRoute>| {
+        Change::route(key, object.map(|route| route.spec.other), &domain)
+    });
+    let domain = cluster_domain.clone();
+    watches.watch(&all, move |key, object: Option<GRPCRoute>| {
+        Change::route(key, object.map(|route| route.spec.other), &domain)
+    });
+    let Key { namespace, name } = mesh_config;
+    let named = all.clone().fields(&format!("metadata.name={name}"));
+    let api = Api::namespaced(client.clone(), namespace);
+    watches.watch_in(api, &named, |_, object: Option<ConfigMap>| {
+        Change::MeshConfig(object.as_ref().map(mesh_config::hosts).unwrap_or_default())
+    });
     watches.watch(&all, |key, object: Option<FencePolicy>| {
         Change::FencePolicy(key.name, object.map(Box::new))
     });
@@ -304,6 +325,10 @@ async fn follow<K, F>(
                 known.remove(&key);
                 out.push(change(key, None));
             }
+            // The Gateway API need not be installed; once it is, it is found by trying.
+            Err(error) if is_absent(&error) && OPTIONAL.contains(&kind) => {
+                out.push(Change::Synced(kind));
+            }
             Err(error) => {
                 metrics
                     .watch_errors
@@ -318,6 +343,14 @@ async fn follow<K, F>(
                 return;
             }
         }
+    }
+}
+
+fn is_absent(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.is_not_found(),
+        _ => false,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use fenceline_crds::istio::{ServiceEntry, VirtualService};
+use fenceline_crds::istio::{Other, ServiceEntry, VirtualService};
 use k8s_openapi::api::core::v1::{Service, ServicePort};
 use serde_json::Value;
 
@@ -81,6 +81,8 @@ pub struct ServiceFacts {
     /// Whether its pods are called by their own names and addresses.
     pub headless: bool,
     pub external_name: bool,
+    /// What an ExternalName is another name for.
+    pub alias_of: Option<String>,
     pub export_to: ExportTo,
 }
 
@@ -145,6 +147,9 @@ impl From<&Service> for ServiceFacts {
                 || (addresses.is_empty() && !ports.is_empty()),
             headless: addresses.is_empty() && !ports.is_empty(),
             addresses,
+            alias_of: spec
+                .and_then(|spec| spec.external_name.as_deref())
+                .map(|name| name.trim_end_matches('.').to_ascii_lowercase()),
             external_name: spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName"),
             export_to: ExportTo::parse(
                 exported.map(String::as_str).unwrap_or_default().split(','),
@@ -230,6 +235,69 @@ impl NamedHosts {
     }
 }
 
+impl NamedHosts {
+    /// What sidecars make of a route of the Gateway API: a VirtualService for the Services that are its parents, for
+    /// everyone where it is in the Service's namespace, and else for its own namespace's callers.
+    /// <https://gateway-api.sigs.k8s.io/mesh/>
+    pub fn of_route(namespace: &str, spec: &Other, cluster_domain: &str) -> Self {
+        let service = |reference: &Value| {
+            let kind = reference["kind"].as_str().map(str::to_owned);
+            let of = reference["namespace"].as_str().unwrap_or(namespace);
+            let name = reference["name"].as_str()?;
+            Some((
+                kind,
+                of.to_owned(),
+                format!("{name}.{of}.svc.{cluster_domain}"),
+            ))
+        };
+        let parents = spec.get("parentRefs").and_then(Value::as_array);
+        let parents: Vec<_> = parents
+            .into_iter()
+            .flatten()
+            .filter_map(service)
+            .filter(|(kind, ..)| kind.as_deref() == Some("Service"))
+            .collect();
+        let ours = parents.iter().any(|(_, of, _)| of == namespace);
+        let backends = spec.get("rules").into_iter().flat_map(backends);
+        Self {
+            destinations: backends
+                .filter_map(service)
+                .filter(|(kind, ..)| kind.as_deref().is_none_or(|kind| kind == "Service"))
+                .map(|(_, _, host)| host)
+                .collect(),
+            hosts: parents.into_iter().map(|(_, _, host)| host).collect(),
+            export_to: if ours {
+                ExportTo::Everyone
+            } else {
+                ExportTo::Namespaces([namespace.to_owned()].into())
+            },
+            ..Self::default()
+        }
+    }
+}
+
+/// The backends of a route's rules, at any depth: mirrors are among the filters.
+fn backends(value: &Value) -> Vec<&Value> {
+    match value {
+        Value::Array(items) => items.iter().flat_map(backends).collect(),
+        Value::Object(fields) => fields
+            .iter()
+            .flat_map(|(name, value)| match (name.as_str(), value) {
+                ("backendRefs", Value::Array(items)) => {
+                    // A backend may have filters of its own.
+                    items
+                        .iter()
+                        .chain(items.iter().flat_map(backends))
+                        .collect()
+                }
+                ("backendRef", value) => vec![value],
+                _ => backends(value),
+            })
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
 /// What istiod's controller allocated.
 /// <https://istio.io/latest/docs/reference/config/networking/service-entry/#ServiceEntryStatus>
 fn given_addresses(status: Option<&Value>) -> impl Iterator<Item = &str> {
@@ -302,6 +370,30 @@ mod tests {
         assert!(!facts(&json!({"clusterIPs": ["10.0.0.1"], "ports": [dns]})).needs_scope);
         let http = json!({"port": 80, "name": "http"});
         assert!(facts(&json!({"clusterIPs": ["None"], "ports": [http]})).needs_scope);
+    }
+
+    #[test]
+    fn routes_of_the_gateway_api() {
+        let route = |namespace: &str, spec: Value| {
+            let spec: Other = serde_json::from_value(spec).unwrap();
+            NamedHosts::of_route(namespace, &spec, "cluster.local")
+        };
+        let spec = json!({
+            "parentRefs": [{"group": "", "kind": "Service", "name": "front"}, {"kind": "Gateway", "name": "g"}],
+            "rules": [{
+                "backendRefs": [{"name": "v1", "port": 80}, {"name": "v2", "namespace": "bank"}],
+                "filters": [{"type": "RequestMirror", "requestMirror": {"backendRef": {"name": "shadow"}}}],
+            }],
+        });
+        let ours = route("shop", spec.clone());
+        assert!(ours.hosts.iter().eq(["front.shop.svc.cluster.local"]));
+        let want =
+            ["shadow.shop", "v1.shop", "v2.bank"].map(|name| format!("{name}.svc.cluster.local"));
+        assert!(ours.destinations.iter().eq(&want));
+        assert_eq!(ours.export_to, ExportTo::Everyone);
+        let mut theirs = spec;
+        theirs["parentRefs"][0]["namespace"] = json!("bank");
+        assert!(!route("shop", theirs).export_to.includes("bank"));
     }
 
     #[test]

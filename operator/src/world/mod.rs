@@ -2,6 +2,7 @@
 
 pub mod feed;
 mod hosts;
+mod mesh_config;
 mod policies;
 mod protection;
 mod task;
@@ -76,6 +77,8 @@ pub struct World {
     pub envoy_filters: OrdMap<Key, Arc<EnvoyFilter>>,
     pub fences: OrdMap<Key, Arc<ServiceFence>>,
     pub fence_policies: OrdMap<String, Arc<FencePolicy>>,
+    /// Hosts that MeshConfig makes every proxy need, as it writes them.
+    pub mesh_config: Arc<BTreeSet<String>>,
     /// The CustomResourceDefinition of fences, as an owner.
     pub definition: Option<OwnerReference>,
     pod_of_address: SharedMap<IpAddr, Key>,
@@ -110,6 +113,7 @@ impl World {
             envoy_filters: OrdMap::new(),
             fences: OrdMap::new(),
             fence_policies: OrdMap::new(),
+            mesh_config: Arc::default(),
             definition: None,
             pod_of_address: SharedMap::new(),
             service_of_address: SharedMap::new(),
@@ -204,7 +208,7 @@ impl World {
     }
 
     /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries call so; and
-    /// what VirtualServices do.
+    /// what VirtualServices do. Those with wildcards make no host of their own.
     pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
         let host = |key: &Key| Host {
             namespace: key.namespace.clone(),
@@ -219,11 +223,20 @@ impl World {
             service.is_none().then_some(&self.service_entries);
         // istiod takes VirtualServices by their own namespace, which need not be the Service's.
         let named = entries.into_iter().flatten().chain(&self.virtual_services);
-        named
+        let mut providers: BTreeSet<Host> = named
             .filter(|(_, hosts)| hosts.hosts.contains(fqdn) && hosts.export_to.includes(namespace))
             .map(|(key, _)| host(key))
             .chain(service.as_ref().map(host))
-            .collect()
+            .collect();
+        if !providers.is_empty() {
+            let wildcards = self.wildcard_routes(fqdn);
+            let visible = wildcards.filter(|key| {
+                let hosts = self.virtual_services.get(*key);
+                hosts.is_some_and(|hosts| hosts.export_to.includes(namespace))
+            });
+            providers.extend(visible.map(host));
+        }
+        providers
     }
 
     /// What a caller of `namespace` can see.
@@ -255,13 +268,17 @@ impl World {
                 view.always.insert(host);
             }
         }
-        let named = self
-            .service_entries
-            .iter()
-            .chain(self.virtual_services.iter());
-        for (key, hosts) in named.filter(|(_, hosts)| hosts.export_to.includes(namespace)) {
-            // A wildcard is never put into a Sidecar.
-            for fqdn in hosts.hosts.iter().filter(|host| !host.starts_with('*')) {
+        // A wildcard of a ServiceEntry is a host of its own, and makes istiod look at every service (istio#60473); a wildcard
+        // of a VirtualService comes with the hosts that it is for.
+        let entries = self.service_entries.iter();
+        let routes = self.virtual_services.iter();
+        let routes =
+            routes.filter(|(_, hosts)| !hosts.hosts.iter().any(|host| host.starts_with('*')));
+        for (key, hosts) in entries
+            .chain(routes)
+            .filter(|(_, hosts)| hosts.export_to.includes(namespace))
+        {
+            for fqdn in &hosts.hosts {
                 let host = Host {
                     namespace: key.namespace.clone(),
                     fqdn: fqdn.clone(),

@@ -112,17 +112,21 @@ impl World {
             .map(|(name, _)| name.clone())
     }
 
+    /// The VirtualServices with a wildcard that `host` fits.
+    pub(super) fn wildcard_routes<'a>(&'a self, host: &'a str) -> impl Iterator<Item = &'a Key> {
+        let wildcards = self.routes.range("*".to_owned()..);
+        wildcards
+            .take_while(|(name, _)| name.starts_with('*'))
+            .filter(move |(name, _)| fits(name, host))
+            .flat_map(|(_, keys)| keys)
+    }
+
     /// Where VirtualServices for `host` lead to, through their delegates. Those with a wildcard apply to what has none of
     /// its own; which of them is taken depends on who calls, so all are.
     fn routed_to(&self, host: &str) -> BTreeSet<String> {
         let mut destinations = BTreeSet::new();
-        let fits_host = |(name, _): &(&String, &BTreeSet<Key>)| fits(name, host);
-        let wildcards = self.routes.range("*".to_owned()..);
-        let of_host = wildcards
-            .take_while(|(name, _)| name.starts_with('*'))
-            .filter(fits_host)
-            .flat_map(|(_, keys)| keys)
-            .chain(self.routes.get(host).into_iter().flatten());
+        let own = self.routes.get(host).into_iter().flatten();
+        let of_host = self.wildcard_routes(host).chain(own);
         for hosts in of_host.filter_map(|key| self.virtual_services.get(key)) {
             destinations.extend(hosts.destinations.iter().cloned());
             for delegate in &hosts.delegates {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
+use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Other, Sidecar};
 use fenceline_crds::{FencePolicy, ServiceFence};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::runtime::reflector;
@@ -39,10 +39,21 @@ pub(super) enum Change {
     EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
     Fence(Key, Option<Box<ServiceFence>>),
     FencePolicy(String, Option<Box<FencePolicy>>),
+    /// The hosts of MeshConfig's providers.
+    MeshConfig(BTreeSet<String>),
     /// The CustomResourceDefinition of fences.
     Definition(Option<OwnerReference>),
     /// A watch has delivered all there is.
     Synced(&'static str),
+}
+
+impl Change {
+    /// A route of the Gateway API. No VirtualService can have this name.
+    pub(super) fn route(key: Key, spec: Option<Other>, cluster_domain: &str) -> Self {
+        let hosts = spec.map(|spec| NamedHosts::of_route(&key.namespace, &spec, cluster_domain));
+        let name = format!("route/{}", key.name);
+        Self::VirtualService(Key::new(key.namespace, name), hosts)
+    }
 }
 
 /// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
@@ -203,6 +214,10 @@ impl WorldTask {
                 Some(object) => drop(self.world.fence_policies.insert(name, Arc::from(object))),
                 None => drop(self.world.fence_policies.remove(&name)),
             },
+            Change::MeshConfig(hosts) => {
+                concerned.all |= *self.world.mesh_config != hosts;
+                self.world.mesh_config = Arc::new(hosts);
+            }
             Change::Definition(definition) => {
                 concerned.all |= self.world.definition != definition;
                 self.world.definition = definition;
