@@ -74,8 +74,17 @@ build() { # build MODULE TOOL…: the Go tools of e2e/control-plane/MODULE
     fi
     ln -sfn "${into##*/}" "$cache/$module"
 }
+gateway_api() { # the Gateway API's CRDs, as istiod knows them
+    local from=e2e/control-plane/istio into=$cache/istio source
+    [ -e "$into/gateway-api/" ] && return
+    (cd "$from" && quietly "$cache/istio.log" go mod download sigs.k8s.io/gateway-api)
+    source=$(cd "$from" && go list -m -f '{{.Dir}}' sigs.k8s.io/gateway-api)
+    mkdir -p "$into/gateway-api"
+    install -m 644 "$source"/config/crd/standard/gateway.networking.k8s.io_{http,grpc}routes.yaml "$into/gateway-api/"
+}
 build kubernetes k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kubectl}
 build istio istio.io/istio/pilot/cmd/{pilot-discovery,pilot-agent}
+gateway_api
 
 envoy=1.40.0
 if [ ! -x "$cache/envoy-$envoy/envoy" ]; then

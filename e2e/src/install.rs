@@ -45,12 +45,13 @@ impl Lab {
     pub async fn apply_manifests(&self, kustomization: &str) -> anyhow::Result<()> {
         self.kubectl(&["apply", "--server-side", "-f", "crds/"])
             .await?;
-        let established = "--for=condition=Established";
         for crd in [
             "crd/servicefences.fenceline.dev",
             "crd/fencepolicies.fenceline.dev",
         ] {
-            self.kubectl(&["wait", established, crd]).await?;
+            let wait = ["wait", "--for=condition=Established", crd];
+            // A CRD that is a moment old has no conditions to wait for.
+            eventually(PATIENCE, crd, async || self.kubectl(&wait).await.map(drop)).await?;
         }
         self.kubectl(&["apply", "--validate=strict", "-k", kustomization])
             .await

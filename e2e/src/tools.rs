@@ -17,6 +17,8 @@ pub struct Tools {
     pub prometheus: PathBuf,
     pub istio_crds: PathBuf,
     pub envoy_bootstrap: PathBuf,
+    /// The Gateway API's, which a test applies that needs them.
+    pub gateway_api_crds: PathBuf,
     /// Our own: the operator, the application of the pods, and what reports by hand.
     pub fenceline: PathBuf,
     pub lab_app: PathBuf,
@@ -45,6 +47,7 @@ impl Tools {
             prometheus: cached("debian/usr/bin/prometheus")?,
             istio_crds: cached("istio/crd-all.gen.yaml")?,
             envoy_bootstrap: cached("istio/envoy_bootstrap.json")?,
+            gateway_api_crds: cached("istio/gateway-api")?,
             fenceline: built("fenceline")?,
             lab_app: built("lab-app")?,
             lab_reporter: built("lab-reporter")?,

@@ -1,0 +1,145 @@
+//! What comes with a host: routes to other hosts, wildcards, pods called by their own names.
+
+use fenceline_e2e::app::Protocol;
+use fenceline_e2e::lab::{MESH_CONFIG, request};
+use fenceline_e2e::wait::eventually;
+use fenceline_e2e::{Lab, PATIENCE, PodSpec};
+
+const CLIENT: (&str, &str) = ("shop", "client");
+const OWN: &str = "spiffe://cluster.local/ns/shop/sa/client";
+
+async fn bank(lab: &mut Lab) -> anyhow::Result<()> {
+    lab.install().await?;
+    for namespace in ["shop", "bank", "routes"] {
+        lab.namespace(namespace).await?;
+    }
+    lab.workload(CLIENT, &[80]).await?;
+    for name in ["front", "ledger", "vault"] {
+        lab.workload(("bank", name), &[80]).await?;
+    }
+    Ok(())
+}
+
+/// Waits until a call of the fenced client is answered by `pod`, to the client itself.
+async fn until_answered(lab: &Lab, authority: &str, pod: &str) -> anyhow::Result<()> {
+    let what = format!("{authority} is answered by {pod}");
+    eventually(PATIENCE, &what, async || {
+        let outcome = lab.get(CLIENT, Protocol::Http1, authority).await?;
+        let report = outcome.report()?;
+        anyhow::ensure!(
+            report.pod == pod && report.peer() == Some(OWN),
+            "{report:?}"
+        );
+        Ok(())
+    })
+    .await
+}
+
+#[test]
+fn routes_of_the_gateway_api_and_virtual_services_with_wildcards() {
+    fenceline_e2e::test(async |lab| {
+        let crds = lab.tools.gateway_api_crds.to_string_lossy().into_owned();
+        lab.kubectl(&["apply", "--server-side", "-f", &crds])
+            .await?;
+        bank(lab).await?;
+        lab.apply(
+            "{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: front, namespace: bank}, \
+              spec: {parentRefs: [{group: '', kind: Service, name: front, port: 80}], \
+                     rules: [{backendRefs: [{name: vault, port: 80}]}]}}\n---\n\
+             {apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: ledgers, namespace: routes}, \
+              spec: {hosts: ['*dger.bank.svc.cluster.local'], \
+                     http: [{route: [{destination: {host: vault.bank.svc.cluster.local}}]}]}}",
+        )
+        .await?;
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
+        lab.until_forgotten(CLIENT, "ledger.bank.svc.cluster.local")
+            .await?;
+        until_answered(lab, "front.bank:80", "vault").await?;
+        until_answered(lab, "ledger.bank:80", "vault").await?;
+        lab.until_in_scope(CLIENT, "routes/ledger.bank.svc.cluster.local")
+            .await
+    });
+}
+
+#[test]
+fn service_entries_with_wildcards_in_a_mesh_that_allows_nothing_else() {
+    fenceline_e2e::test(async |lab| {
+        bank(lab).await?;
+        let strict = "outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n";
+        lab.set_mesh_config(&format!("{MESH_CONFIG}{strict}"))?;
+        lab.pod(
+            PodSpec::new("routes", "legacy")
+                .http(9080)
+                .without_sidecar(),
+        )
+        .await?;
+        let legacy = (lab.running("routes", "legacy")?.ip, 9080).into();
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_forgotten(CLIENT, "ledger.bank.svc.cluster.local")
+            .await?;
+        let call = request(Protocol::Http1, "any.legacy.test:9080", legacy);
+        eventually(PATIENCE, "nothing else is allowed", async || {
+            let outcome = lab.call(CLIENT, &call).await?;
+            anyhow::ensure!(outcome.report().is_err(), "{outcome:?}");
+            Ok(())
+        })
+        .await?;
+        lab.apply(
+            "{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {name: legacy, namespace: routes}, \
+              spec: {hosts: ['*.legacy.test'], ports: [{number: 9080, name: http, protocol: HTTP}], resolution: NONE}}",
+        )
+        .await?;
+        eventually(PATIENCE, "the wildcard's hosts are called", async || {
+            let report = lab.call(CLIENT, &call).await?.report()?;
+            anyhow::ensure!(report.pod == "legacy", "{report:?}");
+            Ok(())
+        })
+        .await
+    });
+}
+
+#[test]
+fn pods_of_a_stateful_set_are_called_by_name() {
+    fenceline_e2e::test(async |lab| {
+        bank(lab).await?;
+        lab.apply(
+            "{apiVersion: v1, kind: Service, metadata: {name: db, namespace: bank}, \
+              spec: {clusterIP: None, selector: {app: db}, \
+                     ports: [{name: http, port: 8080}, {name: tcp, port: 5432}]}}",
+        )
+        .await?;
+        for name in ["db-0", "db-1", "db-2"] {
+            lab.pod(
+                PodSpec::new("bank", name)
+                    .label("app", "db")
+                    .http(8080)
+                    .tcp(5432),
+            )
+            .await?;
+        }
+        lab.fence(CLIENT, "{nonHTTP: Learn}").await?;
+        lab.until_forgotten(CLIENT, "ledger.bank.svc.cluster.local")
+            .await?;
+        for round in 0..5 {
+            for name in ["db-0", "db-1", "db-2"] {
+                let ip = lab.running("bank", name)?.ip;
+                for authority in [
+                    format!("{name}.db.bank:8080"),
+                    format!("{name}.db.bank.svc.cluster.local:8080"),
+                ] {
+                    let call = request(Protocol::Http1, &authority, (ip, 8080).into());
+                    let report = lab.call(CLIENT, &call).await?.report()?;
+                    anyhow::ensure!(
+                        report.pod == name && report.peer() == Some(OWN),
+                        "round {round}: {report:?}"
+                    );
+                }
+                let call = request(Protocol::Tcp, "db", (ip, 5432).into());
+                let outcome = lab.call(CLIENT, &call).await?;
+                anyhow::ensure!(outcome.body.starts_with(name), "round {round}: {outcome:?}");
+            }
+        }
+        Ok(())
+    });
+}
