@@ -14,6 +14,7 @@ pub mod process;
 pub mod prometheus;
 pub mod reporter;
 pub mod tools;
+pub mod traffic;
 pub mod wait;
 
 pub use lab::{Lab, PATIENCE, test};

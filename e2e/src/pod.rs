@@ -374,6 +374,11 @@ impl Pod {
         self.app.as_mut().context("this pod runs no application")
     }
 
+    /// The socket on which its application is asked to make calls.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
     /// Makes a call from inside the pod.
     ///
     /// # Errors
