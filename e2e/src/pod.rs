@@ -120,13 +120,17 @@ impl PodSpec {
             // Without it istiod tells others to send this pod plain text.
             labels.insert("security.istio.io/tlsMode".into(), "istio".into());
         }
+        let mut containers = vec![json!({"name": "app", "image": "lab"})];
+        if self.sidecar {
+            containers.push(json!({"name": "istio-proxy", "image": "lab"}));
+        }
         json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": self.name, "namespace": self.namespace, "labels": labels},
             "spec": {
                 "serviceAccountName": self.service_account,
                 "nodeName": NODE,
-                "containers": [{"name": "app", "image": "lab"}],
+                "containers": containers,
             },
         })
     }

@@ -363,9 +363,10 @@ async fn happen(soak: &mut Soak<'_>, kind: Kind, targets: &[Target]) -> anyhow::
 
 /// Prints what came of it, and keeps it.
 fn write(kind: Kind, tally: &Tally, log: &[String]) -> anyhow::Result<()> {
-    let title = kind.map_or("without Fenceline".to_owned(), |policy| {
-        format!("first calls: {policy}")
-    });
+    let title = match kind {
+        Some(policy) => format!("first calls: {policy}"),
+        None => "without Fenceline".to_owned(),
+    };
     let mut text = format!("## Soak, {title}\n\n");
     for line in log {
         writeln!(text, "    {line}")?;
@@ -390,7 +391,7 @@ fn write(kind: Kind, tally: &Tally, log: &[String]) -> anyhow::Result<()> {
         tally.refused
     )?;
     println!("{text}");
-    let name = kind.map_or("without".to_owned(), str::to_lowercase);
+    let name = kind.map_or_else(|| "without".to_owned(), str::to_lowercase);
     Ok(std::fs::write(
         checkout().join(format!("target/soak-{name}.md")),
         text,

@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::budget::Budget;
 use crate::metrics::{Metrics, write};
 use crate::world::Key;
 use crate::world::feed::{self, fence_of};
@@ -102,11 +103,18 @@ impl Owned for ServiceFence {
 pub struct Writer {
     client: Client,
     metrics: Arc<Metrics>,
+    budget: Arc<Budget>,
 }
 
 impl Writer {
-    pub fn new(client: Client, metrics: Arc<Metrics>) -> Self {
-        Self { client, metrics }
+    /// Writes at most `per_second` objects a second.
+    pub fn new(client: Client, metrics: Arc<Metrics>, per_second: u32) -> Self {
+        let budget = Arc::new(Budget::new(per_second, metrics.writes_waiting.clone()));
+        Self {
+            client,
+            metrics,
+            budget,
+        }
     }
 
     /// Makes the object in the cluster be `want`, where `have` is what the watch last saw. Gives what was written, if that
@@ -133,6 +141,7 @@ impl Writer {
             _ => {}
         }
         let params = PatchParams::apply(MANAGER).force();
+        self.budget.wait().await;
         let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
         if let Err(kube::Error::Api(status)) = &written
             && status.is_conflict()
@@ -200,6 +209,7 @@ impl Writer {
             ..DeleteParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
+        self.budget.wait().await;
         match within(api.delete(&object.name, &params)).await {
             Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
                 Ok(())

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::fence::Settings;
 use crate::world::Key;
 
 /// Keeps the configuration of an Istio sidecar mesh as small as its real dependencies, without breaking a call.
@@ -22,6 +23,29 @@ pub enum Command {
     Run(Box<Run>),
     /// Prints the CustomResourceDefinitions as YAML.
     Crds,
+    /// Says why a workload is fenced as it is: each host in its scope, and why. With a host: why it is in scope, or what a first
+    /// call to it would get. Reads the cluster, as your kubeconfig lets it.
+    Explain(Box<Explain>),
+    /// Turns Slime's lazyload objects (ServiceFence, SlimeBoot, labels) into Fenceline's: YAML on standard output, and on
+    /// standard error of every field what became of it. Applies nothing.
+    Migrate {
+        /// Files with Slime's objects, as `kubectl get … -o yaml` prints them; `-` is standard input.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(Debug, Parser)]
+pub struct Explain {
+    /// A fence, a Service, or a pod.
+    pub workload: String,
+    /// A host, as the workload would call it.
+    pub host: Option<String>,
+    /// The workload's namespace.
+    #[arg(short, long, default_value = "default")]
+    pub namespace: String,
+    #[command(flatten)]
+    pub mesh: MeshArgs,
 }
 
 #[derive(Debug, Parser)]
@@ -32,6 +56,44 @@ pub struct Run {
     /// This replica's name in the Lease and in events.
     #[arg(long, env = "POD_NAME", default_value = "fenceline")]
     pub name: String,
+    #[command(flatten)]
+    pub mesh: MeshArgs,
+    /// How many first calls of one pod are held at any moment; more are forwarded or refused, as the fence says.
+    #[arg(long, env = "FENCELINE_HELD_PER_CALLER", default_value_t = 100)]
+    pub held_per_caller: usize,
+    /// How many first calls this replica holds at any moment.
+    #[arg(long, env = "FENCELINE_HELD_IN_ALL", default_value_t = 2000)]
+    pub held_in_all: usize,
+    /// How many objects are written a second at most, so that istiod is never stormed.
+    #[arg(long, env = "FENCELINE_WRITES_PER_SECOND", default_value_t = 500)]
+    pub writes_per_second: u32,
+    #[command(flatten)]
+    pub prometheus: PrometheusArgs,
+    /// Where the access log and the authorization service listen. Keep it on loopback: the sidecar in front of it checks who calls.
+    #[arg(
+        long,
+        env = "FENCELINE_GRPC_ADDRESS",
+        default_value = "127.0.0.1:18100"
+    )]
+    pub grpc_address: SocketAddr,
+    /// Where /livez, /readyz and /metrics are served.
+    #[arg(long, env = "FENCELINE_ADMIN_ADDRESS", default_value = "0.0.0.0:8080")]
+    pub admin_address: SocketAddr,
+    /// How log lines look.
+    #[arg(long, env = "FENCELINE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// What is logged: a level, or tracing's directives.
+    #[arg(
+        long,
+        env = "FENCELINE_LOG",
+        default_value = "info,kube_lease_manager=warn"
+    )]
+    pub log: String,
+}
+
+/// The mesh and the installation.
+#[derive(Clone, Debug, Parser)]
+pub struct MeshArgs {
     /// The global proxy's Service, NAMESPACE/NAME; its service account has the same name. In another namespace than the
     /// operator's, the Role `fenceline` must be there too.
     #[arg(
@@ -56,12 +118,6 @@ pub struct Run {
     /// The ConfigMap with Istio's MeshConfig, NAMESPACE/NAME; `istio-REVISION` with a revision.
     #[arg(long, env = "FENCELINE_MESH_CONFIG", default_value = "istio-system/istio", value_parser = key)]
     pub mesh_config: Key,
-    /// How many first calls of one pod are held at any moment; more are forwarded or refused, as the fence says.
-    #[arg(long, env = "FENCELINE_HELD_PER_CALLER", default_value_t = 100)]
-    pub held_per_caller: usize,
-    /// How many first calls this replica holds at any moment.
-    #[arg(long, env = "FENCELINE_HELD_IN_ALL", default_value_t = 2000)]
-    pub held_in_all: usize,
     /// The cluster's DNS domain.
     #[arg(
         long,
@@ -69,28 +125,30 @@ pub struct Run {
         default_value = "cluster.local"
     )]
     pub cluster_domain: String,
-    #[command(flatten)]
-    pub prometheus: PrometheusArgs,
-    /// Where the access log and the authorization service listen. Keep it on loopback: the sidecar in front of it checks who calls.
-    #[arg(
-        long,
-        env = "FENCELINE_GRPC_ADDRESS",
-        default_value = "127.0.0.1:18100"
-    )]
-    pub grpc_address: SocketAddr,
-    /// Where /livez, /readyz and /metrics are served.
-    #[arg(long, env = "FENCELINE_ADMIN_ADDRESS", default_value = "0.0.0.0:8080")]
-    pub admin_address: SocketAddr,
-    /// How log lines look.
-    #[arg(long, env = "FENCELINE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
-    /// What is logged: a level, or tracing's directives.
-    #[arg(
-        long,
-        env = "FENCELINE_LOG",
-        default_value = "info,kube_lease_manager=warn"
-    )]
-    pub log: String,
+}
+
+impl MeshArgs {
+    /// What the planners must know of them.
+    pub fn settings(self) -> Settings {
+        let Self {
+            global_proxy,
+            ask_port,
+            forward_port,
+            trust_domain,
+            root_namespace,
+            mesh_config,
+            cluster_domain,
+        } = self;
+        Settings {
+            global_proxy,
+            ask_port,
+            forward_port,
+            cluster_domain,
+            trust_domain,
+            root_namespace,
+            mesh_config,
+        }
+    }
 }
 
 /// Prometheus as evidence of calls. Lengths of time are written as `90s`, `1h30m`.

@@ -6,12 +6,15 @@
 pub mod admin;
 pub mod apply;
 pub mod args;
+pub mod budget;
 pub mod clock;
 pub mod deputy;
 pub mod fence;
 pub mod global_proxy;
+pub mod inspect;
 pub mod leader;
 pub mod metrics;
+pub mod migrate;
 pub mod observe;
 pub mod policy;
 pub mod ports;

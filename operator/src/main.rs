@@ -1,5 +1,6 @@
 //! The binary.
 
+use anyhow::Context as _;
 use clap::Parser;
 use fenceline::args::{Args, Command};
 
@@ -7,6 +8,28 @@ use fenceline::args::{Args, Command};
 async fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Run(args) => fenceline::run::run(*args).await,
+        Command::Explain(args) => {
+            print!("{}", fenceline::inspect::explain(*args).await?);
+            Ok(())
+        }
+        Command::Migrate { files } => {
+            for file in files {
+                let text = if file.as_os_str() == "-" {
+                    std::io::read_to_string(std::io::stdin())?
+                } else {
+                    std::fs::read_to_string(&file).with_context(|| file.display().to_string())?
+                };
+                let migration = fenceline::migrate::migrate(&text, fenceline::clock::system())
+                    .with_context(|| file.display().to_string())?;
+                for line in &migration.report {
+                    eprintln!("{line}");
+                }
+                for object in &migration.objects {
+                    print!("---\n{object}");
+                }
+            }
+            Ok(())
+        }
         Command::Crds => {
             for (_, yaml) in fenceline_crds::manifests()? {
                 print!("{yaml}");

@@ -53,6 +53,8 @@ pub struct Metrics {
     /// What became of what the global proxy reported, by outcome.
     pub observations: Family<Outcome, Counter>,
     pub global_proxy_endpoints: Gauge,
+    /// Writes that wait for the budget.
+    pub writes_waiting: Gauge,
     /// Whether Prometheus answers, and knows something.
     pub prometheus: Gauge,
     /// What became of first calls.
@@ -80,6 +82,7 @@ impl Default for Metrics {
             writes: Family::default(),
             observations: Family::default(),
             global_proxy_endpoints: Gauge::default(),
+            writes_waiting: Gauge::default(),
             prometheus: Gauge::default(),
             first_calls: Family::default(),
             held: Gauge::default(),
@@ -103,6 +106,7 @@ impl Metrics {
             writes,
             observations,
             global_proxy_endpoints,
+            writes_waiting,
             prometheus,
             first_calls,
             held,
@@ -129,6 +133,8 @@ impl Metrics {
             "Ready endpoints of the global proxy",
             global_proxy_endpoints.clone(),
         );
+        let help = "Writes of objects that wait for the write budget";
+        registry.register("writes_waiting", help, writes_waiting.clone());
         let help = "Whether Prometheus answers and knows requests of fenced workloads";
         registry.register("prometheus_healthy", help, prometheus.clone());
         let help = "First calls, by what became of them";

@@ -18,7 +18,7 @@ use crate::apply::Writer;
 use crate::args::{LogFormat, Run};
 use crate::clock;
 use crate::deputy;
-use crate::fence::{self, Settings, arrival::Arrivals, learn::Learner, retain::Retention};
+use crate::fence::{self, arrival::Arrivals, learn::Learner, retain::Retention};
 use crate::global_proxy as global_proxy_health;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
@@ -46,19 +46,14 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let Run {
         namespace,
         name,
-        global_proxy,
-        ask_port,
-        forward_port,
-        root_namespace,
-        mesh_config,
+        mesh,
         held_per_caller,
         held_in_all,
-        trust_domain,
-        cluster_domain,
         grpc_address,
         admin_address,
         log_format,
         log,
+        writes_per_second,
         prometheus,
     } = args;
     start_logging(log_format, &log)?;
@@ -73,15 +68,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let metrics = Arc::new(Metrics::default());
 
-    let settings = Settings {
-        global_proxy,
-        ask_port,
-        forward_port,
-        cluster_domain,
-        trust_domain,
-        root_namespace,
-        mesh_config,
-    };
+    let settings = mesh.settings();
     let Feed {
         world,
         mut concerned,
@@ -167,7 +154,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         stop.clone(),
     ));
 
-    let writer = Writer::new(client.clone(), Arc::clone(&metrics));
+    let writer = Writer::new(client.clone(), Arc::clone(&metrics), writes_per_second);
     let (arrivals, mut arrived) = Arrivals::new(eyes);
     let context = Arc::new(fence::Context {
         world: world.clone(),

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::fence::Settings;
-use crate::world::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
+use crate::world::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World};
 
 /// A mesh with the namespaces `shop`, `bank` and `fenceline-system`, and nothing in them.
 pub(crate) fn world() -> World {
@@ -73,6 +73,8 @@ pub(crate) fn service(world: &mut World, namespace: &str, name: &str, spec: &str
 /// Adds a pod labelled `app: NAME` that runs as the service account NAME.
 pub(crate) fn pod(world: &mut World, namespace: &str, name: &str, address: &str) {
     let facts = PodFacts {
+        proxy: Proxy::Sidecar,
+        runs: true,
         service_account: name.to_owned(),
         workload: name.to_owned(),
         labels: [("app".to_owned(), name.to_owned())].into(),

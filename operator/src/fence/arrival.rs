@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fenceline_crds::istio::Sidecar;
+use fenceline_crds::istio::{Sidecar, SidecarSpec};
 use futures::future::join_all;
 use tokio::sync::mpsc;
 
@@ -43,11 +43,42 @@ struct Steps {
     last: u64,
     /// The staged hosts of each fence: since which step, and whether they have arrived.
     hosts: HashMap<Key, BTreeMap<String, (u64, bool)>>,
+    /// The step of each fence that is on its way.
+    under_way: HashMap<Key, (u64, SidecarSpec)>,
+    /// The pods of each fence whose proxies refused configuration during the last step.
+    rejected: HashMap<Key, Vec<IpAddr>>,
+}
+
+impl Steps {
+    /// Step `number` of a fence has arrived, but for the pods that `rejected` it.
+    fn arrived(&mut self, fence: &Key, number: u64, rejected: Vec<IpAddr>) {
+        if self
+            .under_way
+            .get(fence)
+            .is_some_and(|(last, _)| *last == number)
+        {
+            self.under_way.remove(fence);
+        }
+        if rejected.is_empty() {
+            self.rejected.remove(fence);
+        } else {
+            tracing::warn!(%fence, pods = ?rejected, "proxies rejected configuration");
+            self.rejected.insert(fence.clone(), rejected);
+        }
+        let of_fence = self.hosts.get_mut(fence).into_iter();
+        for (since, heard) in of_fence.flat_map(BTreeMap::values_mut) {
+            *heard |= *since <= number;
+        }
+    }
 }
 
 /// How the pods of a fence were before a step was written.
 #[derive(Debug)]
-pub struct Before(Vec<(IpAddr, State)>);
+pub struct Before {
+    /// Those that could be asked.
+    seen: Vec<(IpAddr, State)>,
+    nobody: bool,
+}
 
 impl Arrivals {
     pub fn new(eyes: Arc<Eyes>) -> (Self, mpsc::UnboundedReceiver<Key>) {
@@ -80,53 +111,79 @@ impl Arrivals {
     /// Looks at a fence's pods before a step is written.
     pub async fn look(&self, fence: &Key, labels: &Labels, world: &World) -> Before {
         let pods = addresses(&fence.namespace, labels, world);
-        Before(look(&self.eyes, pods).await)
+        Before {
+            nobody: pods.is_empty(),
+            seen: look(&self.eyes, pods).await,
+        }
     }
 
-    /// A step was written, or found on starting, where `before` is absent.
+    /// Whether a step of the fence is on its way. The next one waits for it: of two at once nobody could tell which of
+    /// them a proxy has heard of.
+    pub fn is_under_way(&self, fence: &Key, stored: Option<&Sidecar>) -> bool {
+        let steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let step = steps.under_way.get(fence);
+        // What somebody else made of it is put right at once.
+        step.is_some_and(|(_, spec)| stored.is_some_and(|stored| stored.spec == *spec))
+    }
+
+    /// A step was written after `before`; or one was found on starting, where that is absent.
     pub fn follow(&self, fence: &Key, step: &Sidecar, before: Option<Before>) {
         let staged = staged(&step.spec);
         let number = {
             let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
-            if staged.is_empty() {
-                steps.hosts.remove(fence);
-                return;
-            }
             let number = steps.last + 1;
             let hosts = steps.hosts.entry(fence.clone()).or_default();
             let known = hosts.len();
             hosts.retain(|host, _| staged.contains(host));
             let changed = known != hosts.len() || staged.len() != hosts.len();
             if before.is_none() && !changed {
+                if hosts.is_empty() {
+                    steps.hosts.remove(fence);
+                }
                 return;
             }
             for host in staged {
                 hosts.entry(host).or_insert((number, false));
             }
             steps.last = number;
+            if before.as_ref().is_some_and(|before| before.nobody) {
+                steps.arrived(fence, number, Vec::new());
+                let _ = self.arrived.send(fence.clone());
+                return;
+            }
+            let spec = step.spec.clone();
+            steps.under_way.insert(fence.clone(), (number, spec));
             number
         };
         let (eyes, steps) = (Arc::clone(&self.eyes), Arc::clone(&self.steps));
         let (fence, arrived) = (fence.clone(), self.arrived.clone());
         tokio::spawn(async move {
-            match before {
-                Some(Before(pods)) if !pods.is_empty() => until_heard(&eyes, pods).await,
-                _ => tokio::time::sleep(UNSEEN).await,
-            }
+            let rejected = match before {
+                Some(Before { seen, .. }) if !seen.is_empty() => until_heard(&eyes, seen).await,
+                _ => {
+                    tokio::time::sleep(UNSEEN).await;
+                    Vec::new()
+                }
+            };
             let mut steps = steps.lock().unwrap_or_else(PoisonError::into_inner);
-            let of_fence = steps.hosts.get_mut(&fence).into_iter();
-            for (since, heard) in of_fence.flat_map(BTreeMap::values_mut) {
-                *heard |= *since <= number;
-            }
+            steps.arrived(&fence, number, rejected);
             drop(steps);
             // Nobody listens once this replica no longer leads.
             let _ = arrived.send(fence);
         });
     }
 
+    /// The pods whose proxies refused configuration while the fence's last step arrived.
+    pub fn rejected(&self, fence: &Key) -> Vec<IpAddr> {
+        let steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        steps.rejected.get(fence).cloned().unwrap_or_default()
+    }
+
     /// A fence is gone, and its Sidecar with it.
     pub fn forget(&self, fence: &Key) {
         let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        steps.rejected.remove(fence);
+        steps.under_way.remove(fence);
         steps.hosts.remove(fence);
     }
 }
@@ -146,8 +203,9 @@ async fn look(eyes: &Eyes, pods: Vec<IpAddr>) -> Vec<(IpAddr, State)> {
 }
 
 /// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that no longer answers is
-/// not waited for.
-async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>) {
+/// not waited for. Gives those that refused something meanwhile.
+async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>) -> Vec<IpAddr> {
+    let mut rejected = Vec::new();
     let started = Instant::now();
     let mut pause = ASK;
     tokio::time::sleep(EARLIEST).await;
@@ -155,12 +213,18 @@ async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>) {
         let pods = waiting.iter().map(|(pod, _)| *pod).collect();
         let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
         waiting.retain(|(pod, before)| {
-            now.get(pod)
-                .is_some_and(|now| now.listeners == before.listeners || now.warming > 0)
+            now.get(pod).is_some_and(|now| {
+                let refused = now.rejected > before.rejected;
+                if refused {
+                    rejected.push(*pod);
+                }
+                !refused && (now.listeners == before.listeners || now.warming > 0)
+            })
         });
         if started.elapsed() > ASK_RARELY * 2 {
             pause = (pause * 2).min(ASK_RARELY);
         }
         tokio::time::sleep(pause).await;
     }
+    rejected
 }

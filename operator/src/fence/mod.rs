@@ -1,6 +1,8 @@
 //! The controller of fences: gather (the world), plan, apply, status. Learning feeds it through the fences' own status.
 
 pub mod arrival;
+pub mod conflict;
+pub mod explain;
 pub mod learn;
 pub mod plan;
 #[cfg(test)]
@@ -8,6 +10,7 @@ mod plan_tests;
 pub mod redirect;
 pub mod retain;
 mod said;
+mod scope;
 pub mod select;
 pub mod stage;
 mod write;
@@ -262,6 +265,7 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
         Ok(Progress::LookAgain) => resync = SEEN_BY_NOW,
         other => drop(other?),
     }
+    plan.rejected = context.arrivals.rejected(&key);
     report(&key, &fence, &plan, &world, context).await?;
     let mut failures = context
         .failures

@@ -69,6 +69,7 @@ pub(super) fn redirect(
         FirstCallPolicy::Forward => vec![forward(&regex, settings)],
         FirstCallPolicy::Hold => vec![
             forward(&regex, settings),
+            ask_grpc(&regex, settings),
             ask(&regex, settings),
             forward_unknown_length(&regex, settings),
         ],
@@ -128,7 +129,20 @@ fn forward_unknown_length(regex: &str, settings: &Settings) -> Value {
     if let Some(headers) = route["match"]["headers"].as_array_mut() {
         headers.push(is_not(":method", "GET|HEAD|OPTIONS|DELETE|TRACE"));
         headers.push(is_not("content-length", ".+"));
-        headers.push(is_not("content-type", "application/grpc.*"));
+        headers.push(is_not("content-type", GRPC));
+    }
+    route
+}
+
+const GRPC: &str = "application/grpc.*";
+
+/// No application answers on the ask port, but to gRPC: what was lost there with the global proxy can be asked again.
+fn ask(regex: &str, settings: &Settings) -> Value {
+    let mut route = ask_grpc(regex, settings);
+    route["name"] = json!("fenceline-ask");
+    route["route"]["retry_policy"]["retry_on"] = json!("connect-failure,refused-stream,reset");
+    if let Some(headers) = route["match"]["headers"].as_array_mut() {
+        headers.push(is_not("content-type", GRPC));
     }
     route
 }
@@ -137,7 +151,7 @@ fn forward_unknown_length(regex: &str, settings: &Settings) -> Value {
 /// gRPC, of which nobody knows.
 ///
 /// Never `request_headers_to_add` here: Envoy 1.40 keeps a pointer into the route, which an update replaces.
-fn ask(regex: &str, settings: &Settings) -> Value {
+fn ask_grpc(regex: &str, settings: &Settings) -> Value {
     let mut route = to(settings.ask_port, settings);
     route["internal_redirect_policy"] = json!({
         "max_internal_redirects": REDIRECTS,
@@ -153,7 +167,7 @@ fn ask(regex: &str, settings: &Settings) -> Value {
         is_not("content-length", "[0-9]{7,}"),
     ]);
     json!({
-        "name": "fenceline-ask",
+        "name": "fenceline-ask-grpc",
         "match": {"prefix": "/", "headers": headers},
         "route": route,
     })

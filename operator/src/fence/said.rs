@@ -23,12 +23,22 @@ pub(super) fn ready(plan: &Plan) -> Said {
             let text = format!("{}; {GONE}", in_scope(plan.scope, "are"));
             (false, GLOBAL_PROXY_GONE, text)
         }
+        Verdict::Enforce(_) if !plan.rejected.is_empty() => {
+            let pods: Vec<String> = plan.rejected.iter().map(ToString::to_string).collect();
+            let text = format!(
+                "the proxies of {} rejected configuration while the last change arrived, of ours or of somebody else's: their logs, \
+                 and istiod's pilot_total_xds_rejects, say what. They keep what they had",
+                pods.join(", ")
+            );
+            (false, "Rejected", text)
+        }
         Verdict::Enforce(_) => (true, "Enforced", in_scope(plan.scope, "are")),
         Verdict::Observe => {
-            let text = format!(
+            let mut text = format!(
                 "mode Observe: with Enforce, {}",
                 in_scope(plan.scope, "would be")
             );
+            text.push_str(&first_calls(plan));
             (true, "Observing", text)
         }
         Verdict::NoPods(NoPods::ServiceNotFound(service)) => {
@@ -43,6 +53,8 @@ pub(super) fn ready(plan: &Plan) -> Said {
         }
         Verdict::Conflicted(_) => (false, "Conflicted", conflict(plan)),
         Verdict::NameTaken(..) => (false, "NameTaken", conflict(plan)),
+        Verdict::Overlapped(_) => (false, "Overlapped", conflict(plan)),
+        Verdict::NotInMesh(_) => (false, "NotInMesh", conflict(plan)),
     };
     for remark in &plan.remarks {
         message.push_str("; ignored: ");
@@ -72,12 +84,39 @@ fn in_scope(scope: Scope, are: &str) -> String {
     )
 }
 
+/// What enforcing would have held or forwarded since.
+fn first_calls(plan: &Plan) -> String {
+    let hosts = &plan.called_since;
+    if hosts.is_empty() {
+        return String::new();
+    }
+    let few: Vec<&str> = hosts.iter().take(5).map(String::as_str).collect();
+    format!(
+        "; {} calls would have been first calls since it observes, the latest to {}",
+        hosts.len(),
+        few.join(", ")
+    )
+}
+
 fn conflict(plan: &Plan) -> String {
     let others = match &plan.verdict {
         Verdict::Conflicted(others) => others,
         Verdict::NameTaken(kind, object) => {
             return format!(
                 "{kind} {object} exists and is not Fenceline's; rename it, or this fence"
+            );
+        }
+        Verdict::Overlapped(seniors) => {
+            let names: Vec<&str> = seniors.iter().map(|key| key.name.as_str()).collect();
+            return format!(
+                "ServiceFence {} selects the same pods and is older; nothing is written for this one. Delete one of them",
+                names.join(", ")
+            );
+        }
+        Verdict::NotInMesh(outside) => {
+            return format!(
+                "{}: no Sidecar would change anything, and nothing is written",
+                outside.why()
             );
         }
         Verdict::Enforce(_) | Verdict::Observe | Verdict::NoPods(_) => {
@@ -96,7 +135,10 @@ fn conditions(plan: &Plan) -> [Said; 3] {
     let enforced = matches!(plan.verdict, Verdict::Enforce(_));
     let conflicted = matches!(
         plan.verdict,
-        Verdict::Conflicted(_) | Verdict::NameTaken(..)
+        Verdict::Conflicted(_)
+            | Verdict::NameTaken(..)
+            | Verdict::Overlapped(_)
+            | Verdict::NotInMesh(_)
     );
     [
         Said {

@@ -10,6 +10,7 @@
 //! listener alone. The state of a change is in the Sidecar itself, so that any leader goes on with it.
 
 use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use fenceline_crds::istio::{EgressListener, Sidecar, SidecarSpec};
 use serde_json::json;
@@ -17,9 +18,9 @@ use serde_json::json;
 /// Every host of the mesh: the scope of a workload without a fence.
 pub const EVERYTHING: &str = "*/*";
 
-/// The ports of the listener that nobody calls. They take turns, so that each step is seen to arrive by a change of
-/// listeners. Of Istio's reserved range (15000 to 15099), and bound to loopback.
-const PORTS: [u16; 2] = [15078, 15079];
+/// The port of the listener that nobody calls: of Istio's reserved range (15000 to 15099), since the routes of a port that
+/// a Service has would be taken from here.
+const PORT: u16 = 15079;
 
 /// The hosts that have routes.
 pub fn routed(spec: &SidecarSpec) -> BTreeSet<String> {
@@ -73,6 +74,15 @@ pub fn next(mut target: Sidecar, stored: Option<&Sidecar>, arrived: &BTreeSet<St
     target
 }
 
+/// Whether proxies that take in a step are seen to do so.
+pub fn changes_a_listener(stored: Option<&Sidecar>, step: &Sidecar) -> bool {
+    let bind = |sidecar: &Sidecar| {
+        let mut listeners = sidecar.spec.egress.iter();
+        listeners.find_map(|listener| listener.other.get("bind").cloned())
+    };
+    stored.and_then(bind) != bind(step)
+}
+
 /// The step before a Sidecar is taken away: every cluster there is, beside the routes it has.
 pub fn widened(stored: &Sidecar) -> Sidecar {
     let mut wide = stored.clone();
@@ -98,14 +108,14 @@ fn set(
     };
     spec.egress.clear();
     if !staged.is_empty() {
-        let port = port(&routed, &staged, stored);
+        let bind = bind(&routed, &staged, stored);
         let mut waiting = listener(staged);
         waiting.other = [
             (
                 "port".to_owned(),
-                json!({"number": port, "protocol": "HTTP_PROXY", "name": "fenceline-staging"}),
+                json!({"number": PORT, "protocol": "HTTP_PROXY", "name": "fenceline-staging"}),
             ),
-            ("bind".to_owned(), json!("127.0.0.1")),
+            ("bind".to_owned(), json!(bind)),
         ]
         .into();
         spec.egress.push(waiting);
@@ -114,20 +124,26 @@ fn set(
     spec.egress.push(listener(routed));
 }
 
-/// Another port for another step.
-fn port(
+/// A loopback address of each step's own, so that a proxy which takes in several steps at once is seen to have the last.
+fn bind(
     routed_now: &BTreeSet<String>,
     staged_now: &BTreeSet<String>,
     stored: Option<&Sidecar>,
-) -> u16 {
-    let Some(stored) = stored else {
-        return PORTS[0];
-    };
-    let mut listeners = stored.spec.egress.iter();
-    let last = listeners.find_map(|listener| listener.other.get("port")?["number"].as_u64());
-    let same = routed(&stored.spec) == *routed_now && staged(&stored.spec) == *staged_now;
-    let at_first = last == Some(u64::from(PORTS[0]));
-    if at_first == same { PORTS[0] } else { PORTS[1] }
+) -> String {
+    let mut last = None;
+    if let Some(stored) = stored {
+        let mut listeners = stored.spec.egress.iter();
+        last = listeners.find_map(|listener| listener.other.get("bind")?.as_str());
+        let same = routed(&stored.spec) == *routed_now && staged(&stored.spec) == *staged_now;
+        if let Some(last) = last.filter(|_| same) {
+            return last.to_owned();
+        }
+    }
+    let mut hasher = DefaultHasher::new();
+    (last, routed_now, staged_now).hash(&mut hasher);
+    let [a, b, c, ..] = hasher.finish().to_be_bytes();
+    // Not 127.0.0.1, on which others listen.
+    format!("127.{a}.{b}.{}", c.max(2))
 }
 
 #[cfg(test)]

@@ -80,7 +80,11 @@ pub(super) async fn carry_out(
             Ok(Progress::Done)
         }
         // A narrow scope without its redirect, or beside somebody else's, would break calls.
-        Verdict::NoPods(_) | Verdict::Conflicted(_) | Verdict::NameTaken(..) => {
+        Verdict::NoPods(_)
+        | Verdict::Conflicted(_)
+        | Verdict::Overlapped(_)
+        | Verdict::NotInMesh(_)
+        | Verdict::NameTaken(..) => {
             let object = Key::new(&fence.namespace, object_name(&fence.name));
             let sidecar = context.recent.newest(world, &object);
             remove(fence, sidecar.as_deref(), world, context).await?;
@@ -104,7 +108,9 @@ async fn enforce(
     let labels = labels(&objects.sidecar);
     let arrived = context.arrivals.arrived(fence, &labels, world);
     let step = stage::next(objects.sidecar.clone(), stored.as_deref(), &arrived);
-    take_step(fence, &step, stored.as_deref(), world, context).await?;
+    if !context.arrivals.is_under_way(fence, stored.as_deref()) {
+        take_step(fence, &step, stored.as_deref(), world, context).await?;
+    }
     if objects.redirect.is_none() {
         remove_own(redirect, fence, context).await?;
     }
@@ -130,10 +136,11 @@ async fn take_step(
 ) -> Result<(), Error> {
     let arrivals = &context.arrivals;
     let there = stored.is_some_and(|stored| stored.spec == step.spec);
-    let before = if there {
-        None
-    } else {
+    let seen = stage::changes_a_listener(stored, step) && !there;
+    let before = if seen {
         Some(arrivals.look(fence, &labels(step), world).await)
+    } else {
+        None
     };
     if let Some(written) = context.writer.ensure::<Sidecar>(step, stored).await? {
         let object = Key::new(&fence.namespace, object_name(&fence.name));
@@ -157,6 +164,9 @@ async fn retire(fence: &Key, world: &World, context: &Context) -> Result<(), Err
         let labels = labels(stored);
         let arrived = context.arrivals.arrived(fence, &labels, world);
         if !arrived.contains(EVERYTHING) {
+            if context.arrivals.is_under_way(fence, Some(stored)) {
+                return Ok(());
+            }
             let wide = stage::staged(&stored.spec).contains(EVERYTHING);
             let mut step = if wide {
                 stored.as_ref().clone()

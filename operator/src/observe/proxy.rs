@@ -15,8 +15,8 @@ use tokio::sync::Mutex;
 
 /// <https://istio.io/latest/docs/ops/deployment/application-requirements/#ports-used-by-istio>
 const PORT: u16 = 15090;
-const STATS: &str = "/stats/prometheus?filter=^(cluster_manager%5C.warming_clusters%7C\
-                     listener_manager%5C.(listener_(added%7Cmodified%7Cremoved)%7Ctotal_listeners_warming))$";
+const STATS: &str = "/stats/prometheus?filter=^(cluster_manager%5C.(warming_clusters%7Ccds.update_rejected)%7C\
+                     listener_manager%5C.lds.update_rejected%7Clistener_manager%5C.(listener_(added%7Cmodified%7Cremoved)%7Ctotal_listeners_warming))$";
 const TIMEOUT: Duration = Duration::from_millis(100);
 /// How long a proxy is left alone that did not answer, as where a NetworkPolicy is in the way.
 const BLIND: Duration = Duration::from_secs(60);
@@ -33,6 +33,8 @@ pub struct State {
     pub listeners: u64,
     /// How many clusters wait for their endpoints, and listeners for their routes.
     pub warming: u64,
+    /// How often it refused clusters or listeners.
+    pub rejected: u64,
 }
 
 /// Looks at proxies.
@@ -120,7 +122,13 @@ fn parse(text: &str) -> Option<State> {
         "envoy_cluster_manager_warming_clusters",
         "envoy_listener_manager_total_listeners_warming",
     ];
+    let rejected = [
+        "envoy_cluster_manager_cds_update_rejected",
+        "envoy_listener_manager_lds_update_rejected",
+    ];
     Some(State {
+        // Counted from the first time on.
+        rejected: rejected.into_iter().filter_map(value).sum(),
         listeners: listeners.into_iter().sum::<Option<u64>>()?,
         warming: warming.into_iter().map(value).sum::<Option<u64>>()?,
     })
@@ -138,10 +146,12 @@ mod tests {
                     envoy_listener_manager_listener_removed{} 2\n\
                     envoy_listener_manager_total_listeners_warming{} 1\n\
                     # TYPE envoy_cluster_manager_warming_clusters gauge\n\
-                    envoy_cluster_manager_warming_clusters{} 4\n";
+                    envoy_cluster_manager_warming_clusters{} 4\n\
+                    envoy_cluster_manager_cds_update_rejected{} 2\n";
         let want = State {
             listeners: 17,
             warming: 5,
+            rejected: 2,
         };
         assert_eq!(parse(text), Some(want));
         for junk in ["", "hello", "envoy_listener_manager_listener_added{} x"] {

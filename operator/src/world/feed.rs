@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use super::task::Concerned;
 use super::task::{Change, WorldTask};
-use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World, mesh_config};
+use super::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World, mesh_config};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
 use crate::fence::Settings;
 use crate::metrics::Metrics;
@@ -187,12 +187,15 @@ fn pod_facts(pod: &Pod) -> PodFacts {
     let phase = status
         .and_then(|status| status.phase.as_deref())
         .unwrap_or_default();
-    let addressed = !host_network && !matches!(phase, "Succeeded" | "Failed");
+    let runs = !matches!(phase, "Succeeded" | "Failed");
+    let addressed = !host_network && runs;
     let addresses = status
         .and_then(|status| status.pod_ips.as_ref())
         .into_iter()
         .flatten();
     PodFacts {
+        proxy: proxy(pod),
+        runs,
         service_account: spec
             .and_then(|spec| spec.service_account_name.clone())
             .unwrap_or_else(|| "default".to_owned()),
@@ -202,6 +205,26 @@ fn pod_facts(pod: &Pod) -> PodFacts {
             .filter(|_| addressed)
             .filter_map(|address| address.ip.parse::<IpAddr>().ok())
             .collect(),
+    }
+}
+
+/// What carries a pod's traffic: injection adds a container, and since Istio 1.27 an init container that stays.
+/// <https://istio.io/latest/docs/ambient/architecture/traffic-redirection/> for the annotation of ambient mode.
+fn proxy(pod: &Pod) -> Proxy {
+    let Some(spec) = &pod.spec else {
+        return Proxy::Nothing;
+    };
+    let stays = spec.init_containers.iter().flatten();
+    let mut containers = spec.containers.iter().chain(stays);
+    let redirected = pod.annotations().get("ambient.istio.io/redirection");
+    if containers.any(|container| container.name == "istio-proxy") {
+        Proxy::Sidecar
+    } else if spec.host_network.unwrap_or_default() {
+        Proxy::HostNetwork
+    } else if redirected.is_some_and(|state| state == "enabled") {
+        Proxy::Ambient
+    } else {
+        Proxy::Nothing
     }
 }
 

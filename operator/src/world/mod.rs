@@ -19,9 +19,38 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
 pub use policies::PolicyFacts;
 
+/// What carries a pod's traffic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Proxy {
+    /// A sidecar of its own, which a Sidecar configures.
+    #[default]
+    Sidecar,
+    /// Nothing: it is not in the mesh.
+    Nothing,
+    /// ztunnel, which has no scope to be narrowed.
+    Ambient,
+    /// Nothing that is its own: it is in the host's network.
+    HostNetwork,
+}
+
+impl Proxy {
+    /// Why no Sidecar configures it: "2 of its 3 pods …".
+    pub fn why(self) -> &'static str {
+        match self {
+            Self::Sidecar => "have a sidecar",
+            Self::Nothing => "have no sidecar",
+            Self::Ambient => "are in ambient mode",
+            Self::HostNetwork => "are in the host's network",
+        }
+    }
+}
+
 /// What we know of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodFacts {
+    pub proxy: Proxy,
+    /// Whether it has not ended.
+    pub runs: bool,
     pub service_account: String,
     /// The Deployment, StatefulSet, Job or CronJob that it is of, as Istio names it.
     pub workload: String,

@@ -168,9 +168,12 @@ impl WorldTask {
             Change::Pod(key, facts) => {
                 let old = self.world.pods.get(&key).map(AsRef::as_ref);
                 if old != facts.as_ref() {
-                    // Policies name callers by what their pods run as.
+                    // Policies name callers by what their pods run as, and pods may be outside the mesh.
                     let runs_as = |facts: Option<&PodFacts>| {
-                        facts.map(|facts| (facts.service_account.clone(), facts.labels.clone()))
+                        facts.map(|facts| {
+                            let is = (facts.proxy, facts.runs);
+                            (facts.service_account.clone(), facts.labels.clone(), is)
+                        })
                     };
                     if runs_as(old) != runs_as(facts.as_ref()) {
                         for facts in [old, facts.as_ref()].into_iter().flatten() {
