@@ -1,5 +1,6 @@
 //! What comes with a host: routes to other hosts, wildcards, pods called by their own names.
 
+use fenceline_crds::Evidence;
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::lab::{MESH_CONFIG, request};
 use fenceline_e2e::wait::eventually;
@@ -140,6 +141,46 @@ fn pods_of_a_stateful_set_are_called_by_name() {
                 anyhow::ensure!(outcome.body.starts_with(name), "round {round}: {outcome:?}");
             }
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn tcp_is_learnt_from_the_callers_own_logs() {
+    fenceline_e2e::test(async |lab| {
+        bank(lab).await?;
+        lab.service("bank", "cache", &["tcp:6379"]).await?;
+        lab.pod(PodSpec::new("bank", "cache").tcp(6379)).await?;
+        let host = "bank/cache.bank.svc.cluster.local";
+        lab.fence(CLIENT, "{}").await?;
+        lab.until_in_scope(CLIENT, host).await?;
+        lab.fence(CLIENT, "{nonHTTP: Learn}").await?;
+        lab.until_forgotten(CLIENT, "cache.bank.svc.cluster.local")
+            .await?;
+        // Out of scope: Istio's own behaviour, which leads to an address that only kube-proxy knows. It is reported all the same.
+        let mut call = request(
+            Protocol::Tcp,
+            "cache.bank",
+            lab.resolve("bank", "cache", 6379).await?,
+        );
+        call.timeout = std::time::Duration::from_secs(3);
+        let outcome = lab.call(CLIENT, &call).await?;
+        anyhow::ensure!(!outcome.body.starts_with("cache"), "{outcome:?}");
+        lab.until_in_scope(CLIENT, host).await?;
+        let what = "a connection that was learnt is taken by the mesh";
+        eventually(PATIENCE, what, async || {
+            let outcome = lab.call(CLIENT, &call).await?;
+            anyhow::ensure!(outcome.body.starts_with("cache"), "{outcome:?}");
+            Ok(())
+        })
+        .await?;
+        let status = lab.get_fence(CLIENT).await?.status.unwrap_or_default();
+        let known = status
+            .dependencies
+            .iter()
+            .find(|known| host.ends_with(&known.host));
+        let evidence = known.map(|known| known.evidence.as_slice());
+        anyhow::ensure!(evidence == Some(&[Evidence::AccessLog]), "{evidence:?}");
         Ok(())
     });
 }

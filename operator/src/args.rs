@@ -76,6 +76,13 @@ pub struct Run {
         default_value = "127.0.0.1:18100"
     )]
     pub grpc_address: SocketAddr,
+    /// Where the access logs of callers come in. Keep it on loopback.
+    #[arg(
+        long,
+        env = "FENCELINE_CALLERS_ADDRESS",
+        default_value = "127.0.0.1:18101"
+    )]
+    pub callers_address: SocketAddr,
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env = "FENCELINE_ADMIN_ADDRESS", default_value = "0.0.0.0:8080")]
     pub admin_address: SocketAddr,
@@ -109,6 +116,17 @@ pub struct MeshArgs {
     /// The port of the global proxy's Service that passes calls on.
     #[arg(long, env = "FENCELINE_FORWARD_PORT", default_value_t = 15088)]
     pub forward_port: u16,
+    /// The operator's own Service, NAMESPACE/NAME, to which fenced workloads with `nonHTTP: Learn` send their access logs.
+    #[arg(
+        long,
+        env = "FENCELINE_SERVICE",
+        default_value = "fenceline-system/fenceline",
+        value_parser = key
+    )]
+    pub operator: Key,
+    /// The port of that Service for them.
+    #[arg(long, env = "FENCELINE_CALLERS_PORT", default_value_t = 18101)]
+    pub callers_port: u16,
     /// The mesh's trust domain: Istio's meshConfig.trustDomain.
     #[arg(long, env = "FENCELINE_TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: String,
@@ -134,6 +152,8 @@ impl MeshArgs {
             global_proxy,
             ask_port,
             forward_port,
+            operator,
+            callers_port,
             trust_domain,
             root_namespace,
             mesh_config,
@@ -143,6 +163,8 @@ impl MeshArgs {
             global_proxy,
             ask_port,
             forward_port,
+            operator,
+            callers_port,
             cluster_domain,
             trust_domain,
             root_namespace,

@@ -23,6 +23,7 @@ use crate::global_proxy as global_proxy_health;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
 use crate::observe::access_log::AccessLog;
+use crate::observe::callers_log::CallersLog;
 use crate::observe::ext_authz::ExtAuthz;
 use crate::observe::hold::{Holder, Limits};
 use crate::observe::identity::Identity;
@@ -50,6 +51,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         held_per_caller,
         held_in_all,
         grpc_address,
+        callers_address,
         admin_address,
         log_format,
         log,
@@ -116,6 +118,22 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         learner: Arc::clone(&learner),
         stop: stop.clone(),
     };
+    let callers_log = CallersLog {
+        world: world.clone(),
+        learner: Arc::clone(&learner),
+        trust_domain: settings.trust_domain.clone(),
+        metrics: Arc::clone(&metrics),
+        stop: stop.clone(),
+    };
+    let callers = TcpListener::bind(callers_address)
+        .await
+        .with_context(|| format!("--callers-address {callers_address}"))?;
+    let mut callers = tokio::spawn(serve_callers(
+        callers,
+        callers_log,
+        synced.clone(),
+        stop.clone(),
+    ));
     let limits = Limits {
         per_caller: held_per_caller,
         in_all: held_in_all,
@@ -214,18 +232,37 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         signal = ended() => tracing::info!(signal = signal?, "ending"),
         // Without these the process would look well and learn nothing.
         _ = &mut learning => anyhow::bail!("learning ended"),
+        ended = &mut callers => return ended?.context("the service for callers ended"),
         ended = &mut grpc => return ended?.context("the service for the global proxy ended"),
     }
 
     // What was learnt is stored, streams move to another replica, and the lease goes last: the next leader finds all.
     stop.cancel();
-    for server in [grpc, tokio::spawn(async { Ok(admin.await??) })] {
+    for server in [grpc, callers, tokio::spawn(async { Ok(admin.await??) })] {
         if let Ok(result) = tokio::time::timeout(PATIENCE, server).await {
             result??;
         }
     }
     let _ = tokio::time::timeout(PATIENCE, learner.flush()).await;
     let _ = tokio::time::timeout(PATIENCE, candidate.resign()).await;
+    Ok(())
+}
+
+/// Serves the access logs of callers once there is a mesh to understand them by.
+async fn serve_callers(
+    listener: TcpListener,
+    callers_log: CallersLog,
+    mut synced: watch::Receiver<bool>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    tokio::select! {
+        () = wait_for(&mut synced) => {}
+        () = stop.cancelled() => return Ok(()),
+    }
+    tonic::transport::Server::builder()
+        .add_service(AccessLogServiceServer::new(callers_log))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .await?;
     Ok(())
 }
 

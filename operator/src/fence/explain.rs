@@ -22,6 +22,8 @@ use crate::world::{Host, Key, World};
 pub enum Why<'a> {
     /// First calls are sent to it.
     GlobalProxy,
+    /// Its own proxies report to it.
+    Operator,
     /// Nobody could catch a first call to it.
     Uncatchable,
     /// MeshConfig names it as a provider.
@@ -41,6 +43,9 @@ impl Why<'_> {
     fn say(self, world: &World, host: &Host) -> String {
         match self {
             Self::GlobalProxy => "the global proxy, to which first calls go".to_owned(),
+            Self::Operator => {
+                "Fenceline, to which its proxies report connections (nonHTTP: Learn)".to_owned()
+            }
             Self::Uncatchable => uncatchable(world, host).to_owned(),
             Self::MeshConfig => "MeshConfig names it as a provider".to_owned(),
             Self::Learnt(known) => {

@@ -66,6 +66,10 @@ pub struct Settings {
     pub ask_port: u16,
     /// Its port for calls to be passed on.
     pub forward_port: u16,
+    /// The operator's own Service.
+    pub operator: Key,
+    /// Its port for the access logs of callers.
+    pub callers_port: u16,
     pub cluster_domain: String,
     pub trust_domain: String,
     /// Istio's root namespace, whose policies apply to the whole mesh.
@@ -78,6 +82,14 @@ impl Settings {
     pub fn global_proxy_host(&self) -> String {
         let Key { namespace, name } = &self.global_proxy;
         format!("{name}.{namespace}.svc.{}", self.cluster_domain)
+    }
+
+    fn operator(&self) -> Host {
+        let Key { namespace, name } = &self.operator;
+        Host {
+            namespace: namespace.clone(),
+            fqdn: format!("{name}.{namespace}.svc.{}", self.cluster_domain),
+        }
     }
 
     fn global_proxy(&self) -> Host {

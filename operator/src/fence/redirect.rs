@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use fenceline_crds::istio::EnvoyFilterSpec;
-use fenceline_crds::{FirstCallPolicy, ServiceFence};
+use fenceline_crds::{FirstCallPolicy, NonHttp, ServiceFence};
 use serde_json::{Value, json};
 
 use super::Settings;
@@ -53,7 +53,7 @@ pub(super) fn authority_regex<'a>(
     )
 }
 
-/// The redirect for the pods that `labels` select, unless the fence wants none.
+/// The redirect for the pods that `labels` select, and the access log that the fence wants of them; nothing if it wants neither.
 pub(super) fn redirect(
     fence: &ServiceFence,
     labels: &Labels,
@@ -65,7 +65,7 @@ pub(super) fn redirect(
     let first_call = fence.spec.first_call.clone().unwrap_or_default();
     // Of routes that are inserted first, the last comes out on top.
     let routes = match first_call.policy {
-        FirstCallPolicy::None => return None,
+        FirstCallPolicy::None => Vec::new(),
         FirstCallPolicy::Forward => vec![forward(&regex, settings)],
         FirstCallPolicy::Hold => vec![
             forward(&regex, settings),
@@ -74,13 +74,56 @@ pub(super) fn redirect(
             forward_unknown_length(&regex, settings),
         ],
     };
-    Some(EnvoyFilterSpec {
+    let redirects = CATCH_ALL.iter();
+    let mut config_patches: Vec<Value> = redirects
+        .flat_map(|vhost| routes.iter().map(|route| insert_first(vhost, route)))
+        .collect();
+    if fence.spec.non_http == NonHttp::Learn {
+        config_patches.push(report_connections(settings));
+    }
+    (!config_patches.is_empty()).then(|| EnvoyFilterSpec {
         workload_selector: selector(labels.clone()),
-        config_patches: CATCH_ALL
-            .iter()
-            .flat_map(|vhost| routes.iter().map(|route| insert_first(vhost, route)))
-            .collect(),
+        config_patches,
         ..EnvoyFilterSpec::default()
+    })
+}
+
+/// Connections that nothing in scope took are reported to the operator as they begin: a database's may last for days.
+/// <https://www.envoyproxy.io/docs/envoy/latest/api-v3/extensions/access_loggers/grpc/v3/als.proto>
+fn report_connections(settings: &Settings) -> Value {
+    let log = json!({
+        "name": "envoy.access_loggers.tcp_grpc",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig",
+            "common_config": {
+                "log_name": "fenceline",
+                "transport_api_version": "V3",
+                "grpc_service": {"envoy_grpc": {
+                    "cluster_name": format!("outbound|{}||{}", settings.callers_port, settings.operator().fqdn),
+                }},
+            },
+        },
+    });
+    json!({
+        "applyTo": "NETWORK_FILTER",
+        "match": {
+            "context": "SIDECAR_OUTBOUND",
+            "listener": {
+                "name": "virtualOutbound",
+                "filterChain": {
+                    "name": "virtualOutbound-catchall-tcp",
+                    "filter": {"name": "envoy.filters.network.tcp_proxy"},
+                },
+            },
+        },
+        "patch": {"operation": "MERGE", "value": {
+            "name": "envoy.filters.network.tcp_proxy",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+                "access_log": [log],
+                "access_log_options": {"flush_access_log_on_connected": true},
+            },
+        }},
     })
 }
 

@@ -94,6 +94,11 @@ fn always(
     for host in &always {
         note(host, Why::Uncatchable);
     }
+    if fence.spec.non_http == NonHttp::Learn {
+        let operator = settings.operator();
+        note(&operator, Why::Operator);
+        always.insert(operator);
+    }
     let global_proxy = settings.global_proxy();
     note(&global_proxy, Why::GlobalProxy);
     always.insert(global_proxy);

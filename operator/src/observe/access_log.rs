@@ -150,12 +150,12 @@ fn certificate(common: &AccessLogCommon) -> Option<Identity> {
 }
 
 /// The address at the other end of the connection, not what a header claims.
-fn remote(common: &AccessLogCommon) -> Option<IpAddr> {
-    let address = common.downstream_direct_remote_address.as_ref();
-    let Address {
-        address: Some(AddressKind::SocketAddress(socket)),
-    } = address?
-    else {
+pub(super) fn remote(common: &AccessLogCommon) -> Option<IpAddr> {
+    ip(common.downstream_direct_remote_address.as_ref()?)
+}
+
+pub(super) fn ip(address: &Address) -> Option<IpAddr> {
+    let Some(AddressKind::SocketAddress(socket)) = &address.address else {
         return None;
     };
     socket.address.parse().ok()

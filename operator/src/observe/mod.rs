@@ -1,6 +1,7 @@
 //! Evidence: what is seen of calls, and what it means. And the answers to first calls.
 
 pub mod access_log;
+pub mod callers_log;
 pub mod ext_authz;
 pub mod first_call;
 pub mod hold;

@@ -1,4 +1,4 @@
-//! Who may speak to us: the global proxy, and nobody else.
+//! Who may speak to us: the global proxy of first calls, and each workload of its own.
 
 use std::sync::Arc;
 
@@ -11,6 +11,14 @@ use crate::metrics::Metrics;
 /// The header in which a sidecar vouches for its peer.
 const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
 
+/// Who is speaking. Our own sidecar terminates mutual TLS and says so.
+pub(super) fn peer(metadata: &MetadataMap) -> Option<Identity> {
+    // A header that comes twice is one list.
+    let mut values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
+    let peer = values.next_back().and_then(|value| value.to_str().ok());
+    peer.and_then(Identity::from_forwarded)
+}
+
 /// Lets in the global proxy alone.
 #[derive(Clone)]
 pub struct Door {
@@ -19,15 +27,10 @@ pub struct Door {
 }
 
 impl Door {
-    /// Our own sidecar terminates mutual TLS and says who the peer is.
-    ///
     /// # Errors
     /// `PERMISSION_DENIED` for everybody else.
     pub fn admit(&self, metadata: &MetadataMap) -> Result<(), Status> {
-        // A header that comes twice is one list.
-        let mut values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
-        let peer = values.next_back().and_then(|value| value.to_str().ok());
-        let peer = peer.and_then(Identity::from_forwarded);
+        let peer = peer(metadata);
         if peer.as_ref() == Some(&self.global_proxy) {
             return Ok(());
         }
