@@ -247,7 +247,7 @@ fn bad_fences_are_refused_with_the_field_and_the_reason() {
             ),
             (
                 "{workload: {}}",
-                "give either service or selector, and not both",
+                "give one of service, selector and wholeNamespace",
             ),
             (
                 "{workload: {selector: {matchLabels: {}}}}",
@@ -268,6 +268,10 @@ fn bad_fences_are_refused_with_the_field_and_the_reason() {
             (
                 "{dependencies: [{host: 'a:80'}]}",
                 "spec.dependencies[0].host",
+            ),
+            (
+                "{retention: {unusedFor: 5s}}",
+                "unusedFor is a length of time of at least 1m",
             ),
             ("{mode: Off}", "spec.mode"),
             ("{moode: Observe}", "moode"),

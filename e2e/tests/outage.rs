@@ -234,6 +234,8 @@ fn istiod_away_and_back() {
         lab.control_plane.start_istiod(MESH_CONFIG).await?;
         lab.until_direct(CLIENT, Protocol::Http1, "reviews:9080")
             .await?;
+        // The step that waited for istiod is seen to arrive within a quarter of a second, and then another may be taken.
+        tokio::time::sleep(Duration::from_millis(500)).await;
         lab.held_call(CLIENT, Protocol::Http1, "ratings:9080")
             .await?;
         lab.until_direct(CLIENT, Protocol::Http1, "ratings:9080")

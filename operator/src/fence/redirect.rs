@@ -100,6 +100,8 @@ fn report_connections(settings: &Settings) -> Value {
                 "transport_api_version": "V3",
                 "grpc_service": {"envoy_grpc": {
                     "cluster_name": format!("outbound|{}||{}", settings.callers_port, settings.operator().fqdn),
+                    // A cluster's name is none that HTTP/2 allows.
+                    "authority": settings.operator().fqdn,
                 }},
             },
         },
