@@ -3,7 +3,7 @@
 //! Told by the proxies themselves ([`Eyes`]): each step changes a listener, and its clusters warm. Where none can be asked,
 //! time must do.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,11 +47,29 @@ struct Steps {
     under_way: HashMap<Key, (u64, SidecarSpec)>,
     /// The pods of each fence whose proxies refused configuration during the last step.
     rejected: HashMap<Key, Vec<IpAddr>>,
+    /// Fences whose last step was not heard of in time, as while istiod is away. A proxy that skips a step may see no
+    /// listener change with the next one, which is not waited for as long.
+    missed: HashSet<Key>,
+}
+
+/// How a step ended.
+#[derive(Debug, Default)]
+struct Heard {
+    /// By these it was refused.
+    rejected: Vec<IpAddr>,
+    /// Some have not heard of it.
+    missed: bool,
 }
 
 impl Steps {
-    /// Step `number` of a fence has arrived, but for the pods that `rejected` it.
-    fn arrived(&mut self, fence: &Key, number: u64, rejected: Vec<IpAddr>) {
+    /// Step `number` of a fence has arrived as far as it will.
+    fn arrived(&mut self, fence: &Key, number: u64, heard: Heard) {
+        let Heard { rejected, missed } = heard;
+        if missed {
+            self.missed.insert(fence.clone());
+        } else {
+            self.missed.remove(fence);
+        }
         if self
             .under_way
             .get(fence)
@@ -129,7 +147,7 @@ impl Arrivals {
     /// A step was written after `before`; or one was found on starting, where that is absent.
     pub fn follow(&self, fence: &Key, step: &Sidecar, before: Option<Before>) {
         let staged = staged(&step.spec);
-        let number = {
+        let (number, patience) = {
             let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
             let number = steps.last + 1;
             let hosts = steps.hosts.entry(fence.clone()).or_default();
@@ -147,26 +165,33 @@ impl Arrivals {
             }
             steps.last = number;
             if before.as_ref().is_some_and(|before| before.nobody) {
-                steps.arrived(fence, number, Vec::new());
+                steps.arrived(fence, number, Heard::default());
                 let _ = self.arrived.send(fence.clone());
                 return;
             }
             let spec = step.spec.clone();
             steps.under_way.insert(fence.clone(), (number, spec));
-            number
+            let patience = if steps.missed.contains(fence) {
+                UNSEEN
+            } else {
+                PATIENCE
+            };
+            (number, patience)
         };
         let (eyes, steps) = (Arc::clone(&self.eyes), Arc::clone(&self.steps));
         let (fence, arrived) = (fence.clone(), self.arrived.clone());
         tokio::spawn(async move {
-            let rejected = match before {
-                Some(Before { seen, .. }) if !seen.is_empty() => until_heard(&eyes, seen).await,
+            let heard = match before {
+                Some(Before { seen, .. }) if !seen.is_empty() => {
+                    until_heard(&eyes, seen, patience).await
+                }
                 _ => {
                     tokio::time::sleep(UNSEEN).await;
-                    Vec::new()
+                    Heard::default()
                 }
             };
             let mut steps = steps.lock().unwrap_or_else(PoisonError::into_inner);
-            steps.arrived(&fence, number, rejected);
+            steps.arrived(&fence, number, heard);
             drop(steps);
             // Nobody listens once this replica no longer leads.
             let _ = arrived.send(fence);
@@ -184,6 +209,7 @@ impl Arrivals {
         let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
         steps.rejected.remove(fence);
         steps.under_way.remove(fence);
+        steps.missed.remove(fence);
         steps.hosts.remove(fence);
     }
 }
@@ -203,13 +229,13 @@ async fn look(eyes: &Eyes, pods: Vec<IpAddr>) -> Vec<(IpAddr, State)> {
 }
 
 /// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that no longer answers is
-/// not waited for. Gives those that refused something meanwhile.
-async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>) -> Vec<IpAddr> {
+/// not waited for.
+async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: Duration) -> Heard {
     let mut rejected = Vec::new();
     let started = Instant::now();
     let mut pause = ASK;
     tokio::time::sleep(EARLIEST).await;
-    while !waiting.is_empty() && started.elapsed() < PATIENCE {
+    while !waiting.is_empty() && started.elapsed() < patience {
         let pods = waiting.iter().map(|(pod, _)| *pod).collect();
         let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
         waiting.retain(|(pod, before)| {
@@ -226,5 +252,8 @@ async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>) -> Vec<IpAd
         }
         tokio::time::sleep(pause).await;
     }
-    rejected
+    Heard {
+        rejected,
+        missed: !waiting.is_empty(),
+    }
 }

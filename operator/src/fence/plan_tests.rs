@@ -410,6 +410,8 @@ fn ports_that_are_not_http_can_be_learnt_too() {
     let want = [
         "bank/db.bank.svc.cluster.local",
         "bank/shards.bank.svc.cluster.local",
+        // To which connections are reported.
+        "fenceline-system/fenceline.fenceline-system.svc.cluster.local",
         GLOBAL_PROXY,
     ];
     assert_eq!(hosts(&planned(&cart, &mesh)), want);
