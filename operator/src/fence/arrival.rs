@@ -129,10 +129,13 @@ impl Arrivals {
     /// Looks at a fence's pods before a step is written.
     pub async fn look(&self, fence: &Key, labels: &Labels, world: &World) -> Before {
         let pods = addresses(&fence.namespace, labels, world);
-        Before {
-            nobody: pods.is_empty(),
-            seen: look(&self.eyes, pods).await,
-        }
+        let nobody = pods.is_empty();
+        let mut seen = look(&self.eyes, pods.clone()).await;
+        let missing = pods.into_iter();
+        let missing = missing.filter(|pod| !seen.iter().any(|(known, _)| known == pod));
+        // An answer may be late once.
+        seen.extend(look(&self.eyes, missing.collect()).await);
+        Before { seen, nobody }
     }
 
     /// Whether a step of the fence is on its way. The next one waits for it: of two at once nobody could tell which of
@@ -228,10 +231,14 @@ async fn look(eyes: &Eyes, pods: Vec<IpAddr>) -> Vec<(IpAddr, State)> {
     looks.into_iter().flatten().collect()
 }
 
-/// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that no longer answers is
-/// not waited for.
+/// How often a proxy may fail to answer before it is taken to be gone.
+const GONE: u32 = 6;
+
+/// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that is gone is not waited
+/// for.
 async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: Duration) -> Heard {
     let mut rejected = Vec::new();
+    let mut silent: HashMap<IpAddr, u32> = HashMap::new();
     let started = Instant::now();
     let mut pause = ASK;
     tokio::time::sleep(EARLIEST).await;
@@ -239,13 +246,17 @@ async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: D
         let pods = waiting.iter().map(|(pod, _)| *pod).collect();
         let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
         waiting.retain(|(pod, before)| {
-            now.get(pod).is_some_and(|now| {
-                let refused = now.rejected > before.rejected;
-                if refused {
-                    rejected.push(*pod);
-                }
-                !refused && (now.listeners == before.listeners || now.warming > 0)
-            })
+            let Some(now) = now.get(pod) else {
+                let times = silent.entry(*pod).or_default();
+                *times += 1;
+                return *times < GONE;
+            };
+            silent.remove(pod);
+            let refused = now.rejected > before.rejected;
+            if refused {
+                rejected.push(*pod);
+            }
+            !refused && (now.listeners == before.listeners || now.warming > 0)
         });
         if started.elapsed() > ASK_RARELY * 2 {
             pause = (pause * 2).min(ASK_RARELY);

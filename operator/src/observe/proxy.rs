@@ -18,7 +18,8 @@ const PORT: u16 = 15090;
 const STATS: &str = "/stats/prometheus?filter=^(cluster_manager%5C.(warming_clusters%7Ccds.update_rejected)%7C\
                      listener_manager%5C.lds.update_rejected%7Clistener_manager%5C.(listener_(added%7Cmodified%7Cremoved)%7Ctotal_listeners_warming))$";
 const TIMEOUT: Duration = Duration::from_millis(100);
-/// How long a proxy is left alone that did not answer, as where a NetworkPolicy is in the way.
+/// How often a proxy may miss to answer in time, and how long it is left alone then, as where a NetworkPolicy is in the way.
+const STRIKES: u32 = 5;
 const BLIND: Duration = Duration::from_secs(60);
 const MOST_BLIND: usize = 4096;
 /// An answer has a few hundred bytes; a caller may answer what it likes.
@@ -41,8 +42,8 @@ pub struct State {
 #[derive(Debug)]
 pub struct Eyes {
     client: Client<HttpConnector, Empty<Bytes>>,
-    /// Who did not answer, and when.
-    blind: std::sync::Mutex<HashMap<IpAddr, Instant>>,
+    /// Who did not answer, how often since it last did, and when.
+    blind: std::sync::Mutex<HashMap<IpAddr, (u32, Instant)>>,
 }
 
 /// The last look at one proxy.
@@ -76,8 +77,9 @@ impl Eyes {
         }
         let answer = tokio::time::timeout(TIMEOUT, self.ask(address)).await;
         // A refusal is quick, and of a proxy that only starts.
-        if answer.is_err() {
-            self.did_not_answer(address);
+        match &answer {
+            Err(_) => self.did_not_answer(address),
+            Ok(_) => self.answered(address),
         }
         let state = answer.ok().flatten();
         *last = Some((Instant::now(), state));
@@ -88,7 +90,7 @@ impl Eyes {
         let blind = self.blind.lock().unwrap_or_else(PoisonError::into_inner);
         blind
             .get(&address)
-            .is_some_and(|since| since.elapsed() < BLIND)
+            .is_some_and(|(times, last)| *times >= STRIKES && last.elapsed() < BLIND)
     }
 
     fn did_not_answer(&self, address: IpAddr) {
@@ -96,7 +98,14 @@ impl Eyes {
         if blind.len() >= MOST_BLIND {
             blind.clear();
         }
-        blind.insert(address, Instant::now());
+        let (times, last) = blind.entry(address).or_insert_with(|| (0, Instant::now()));
+        *times += 1;
+        *last = Instant::now();
+    }
+
+    fn answered(&self, address: IpAddr) {
+        let mut blind = self.blind.lock().unwrap_or_else(PoisonError::into_inner);
+        blind.remove(&address);
     }
 
     async fn ask(&self, address: IpAddr) -> Option<State> {
