@@ -118,6 +118,13 @@ pub struct Retention {
     pub unused_for: String,
 }
 
+impl Retention {
+    /// How long a dependency may go uncalled.
+    pub fn unused_for(&self) -> Option<Duration> {
+        period(&self.unused_for)
+    }
+}
+
 /// What becomes of hosts that the global proxy could not catch calls to, since they have ports that are not HTTP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum NonHttp {

@@ -218,8 +218,7 @@ impl Arrivals {
 }
 
 fn addresses(namespace: &str, labels: &Labels, world: &World) -> Vec<IpAddr> {
-    select::pods_in(world, namespace)
-        .filter(|pod| select::matches(labels, &pod.labels))
+    select::pods_of(world, namespace, labels)
         .filter_map(|pod| pod.addresses.first().copied())
         .take(ASKED)
         .collect()

@@ -40,8 +40,7 @@ fn selects(sidecar: &Sidecar, labels: &Labels, namespace: &str, world: &World) -
     }
     let theirs = &selector.labels;
     let shared = || {
-        select::pods_in(world, namespace)
-            .any(|pod| select::matches(theirs, &pod.labels) && select::matches(labels, &pod.labels))
+        select::pods_of(world, namespace, labels).any(|pod| select::matches(theirs, &pod.labels))
     };
     select::matches(theirs, labels) || shared()
 }
@@ -54,9 +53,7 @@ pub(super) fn senior_fences(fence: &ServiceFence, labels: &Labels, world: &World
     let whole = labels.is_empty();
     let seniors = select::fences_in(world, namespace)
         .filter(|(key, other)| key.name != fence.name_any() && age(other) < age(fence));
-    let mine: Vec<&PodFacts> = select::pods_in(world, namespace)
-        .filter(|pod| select::matches(labels, &pod.labels))
-        .collect();
+    let mine: Vec<&PodFacts> = select::pods_of(world, namespace, labels).collect();
     seniors
         .filter(|(_, other)| {
             let theirs = select::labels(other, world);
@@ -80,13 +77,11 @@ pub struct Outside {
 impl Outside {
     pub(super) fn of(namespace: &str, labels: &Labels, world: &World) -> Self {
         let mut outside = Self::default();
-        for pod in select::pods_in(world, namespace) {
-            if select::matches(labels, &pod.labels) && pod.runs {
-                outside.of += 1;
-                if pod.proxy != Proxy::Sidecar {
-                    outside.pods += 1;
-                    outside.kinds.insert(pod.proxy);
-                }
+        for pod in select::pods_of(world, namespace, labels).filter(|pod| pod.runs) {
+            outside.of += 1;
+            if pod.proxy != Proxy::Sidecar {
+                outside.pods += 1;
+                outside.kinds.insert(pod.proxy);
             }
         }
         outside

@@ -226,8 +226,8 @@ fn first_call(
 ) -> String {
     let policy = fence.spec.first_call.clone().unwrap_or_default().policy;
     let labels = select::labels(fence, world).unwrap_or_default();
-    let mut pods = select::pods_in(world, namespace);
-    let pod = pods.find(|pod| select::matches(&labels, &pod.labels) && !pod.addresses.is_empty());
+    let mut pods = select::pods_of(world, namespace, &labels);
+    let pod = pods.find(|pod| !pod.addresses.is_empty());
     let Some(pod) = pod else {
         return "no pod of the workload runs that could make one".to_owned();
     };

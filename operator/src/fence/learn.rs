@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fenceline_crds::{
-    Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost, period,
+    Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost,
 };
 use jiff::{SignedDuration, Timestamp, Unit};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use super::retain::unused_for;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::observe::resolve::{Unresolved, host_of};
@@ -308,9 +309,7 @@ fn is_known(fence: &ServiceFence, fqdn: &str, evidence: Evidence, now: Timestamp
 /// How old `lastSeen` may get before it is written again. What goes direct is seen all the time, and it matters to
 /// `retention` alone.
 fn freshness(fence: &ServiceFence, evidence: Evidence) -> SignedDuration {
-    let retention = fence.spec.retention.as_ref();
-    let unused_for = retention.and_then(|retention| period(&retention.unused_for));
-    match unused_for.and_then(|unused_for| SignedDuration::try_from(unused_for).ok()) {
+    match unused_for(fence) {
         Some(unused_for) => (unused_for / 4).min(FRESH),
         None if evidence == Evidence::GlobalProxy => FRESH,
         None => RARELY,

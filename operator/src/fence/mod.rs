@@ -33,7 +33,7 @@ use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
 use crate::clock::Clock;
 use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
-use crate::fence::plan::{Plan, Verdict, object_name, plan};
+use crate::fence::plan::{Plan, Verdict, object_key, plan};
 pub use crate::fence::write::Recent;
 use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
@@ -80,22 +80,22 @@ pub struct Settings {
 
 impl Settings {
     pub fn global_proxy_host(&self) -> String {
-        let Key { namespace, name } = &self.global_proxy;
-        format!("{name}.{namespace}.svc.{}", self.cluster_domain)
+        self.global_proxy().fqdn
     }
 
     fn operator(&self) -> Host {
-        let Key { namespace, name } = &self.operator;
-        Host {
-            namespace: namespace.clone(),
-            fqdn: format!("{name}.{namespace}.svc.{}", self.cluster_domain),
-        }
+        self.host(&self.operator)
     }
 
     fn global_proxy(&self) -> Host {
+        self.host(&self.global_proxy)
+    }
+
+    fn host(&self, service: &Key) -> Host {
+        let Key { namespace, name } = service;
         Host {
-            namespace: self.global_proxy.namespace.clone(),
-            fqdn: self.global_proxy_host(),
+            namespace: namespace.clone(),
+            fqdn: format!("{name}.{namespace}.svc.{}", self.cluster_domain),
         }
     }
 }
@@ -326,7 +326,7 @@ async fn report(
 /// Whether Prometheus is about to say what the workload of a new fence called so far. A fence does not wait for long:
 /// what is not known then is learnt from first calls.
 fn is_too_early(key: &Key, fence: &ServiceFence, world: &World, context: &Context) -> bool {
-    let object = Key::new(&key.namespace, object_name(&key.name));
+    let object = object_key(key);
     let Some(prometheus) = &context.prometheus else {
         return false;
     };

@@ -80,32 +80,37 @@ pub fn object_name(fence: &str) -> String {
     format!("fenceline-{fence}")
 }
 
+/// Where a fence's objects are.
+pub fn object_key(fence: &Key) -> Key {
+    Key::new(&*fence.namespace, object_name(&fence.name))
+}
+
 /// Plans one fence.
 pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Timestamp) -> Plan {
     let namespace = fence.metadata.namespace.clone().unwrap_or_default();
     let mut scoped = scope(fence, &namespace, world, settings, now, &mut |_, _| ());
-    if let Ok(labels) = select::labels(fence, world) {
-        let outside = Outside::of(&namespace, &labels, world);
-        if outside.pods > 0 && !outside.everybody() {
-            scoped.remarks.push(outside.why());
-        }
-    }
     let verdict = match select::labels(fence, world) {
         Err(why) => Verdict::NoPods(why),
-        Ok(labels) => match obstacle(fence, &namespace, &labels, world) {
-            Some(obstacle) => obstacle,
-            None if fence.spec.mode == Mode::Observe => Verdict::Observe,
-            None => Verdict::Enforce(Box::new(Objects {
-                redirect: redirect(fence, &labels, world, settings).map(|spec| EnvoyFilter {
-                    metadata: metadata(fence, world),
-                    spec,
-                }),
-                sidecar: Sidecar {
-                    metadata: metadata(fence, world),
-                    spec: sidecar(labels, &scoped.hosts),
-                },
-            })),
-        },
+        Ok(labels) => {
+            let outside = Outside::of(&namespace, &labels, world);
+            if outside.pods > 0 && !outside.everybody() {
+                scoped.remarks.push(outside.why());
+            }
+            match obstacle(fence, &labels, outside, world) {
+                Some(obstacle) => obstacle,
+                None if fence.spec.mode == Mode::Observe => Verdict::Observe,
+                None => Verdict::Enforce(Box::new(Objects {
+                    redirect: redirect(fence, &labels, world, settings).map(|spec| EnvoyFilter {
+                        metadata: metadata(fence, world),
+                        spec,
+                    }),
+                    sidecar: Sidecar {
+                        metadata: metadata(fence, world),
+                        spec: sidecar(labels, &scoped.hosts),
+                    },
+                })),
+            }
+        }
     };
     Plan {
         verdict,
@@ -138,8 +143,8 @@ fn called_since(fence: &ServiceFence) -> Vec<String> {
 /// What keeps the fence from being in force.
 fn obstacle(
     fence: &ServiceFence,
-    namespace: &str,
     labels: &Labels,
+    outside: Outside,
     world: &World,
 ) -> Option<Verdict> {
     let foreign = foreign_sidecars(fence, labels, world);
@@ -150,7 +155,6 @@ fn obstacle(
     if !seniors.is_empty() {
         return Some(Verdict::Overlapped(seniors));
     }
-    let outside = Outside::of(namespace, labels, world);
     outside.everybody().then_some(Verdict::NotInMesh(outside))
 }
 

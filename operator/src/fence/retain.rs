@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::{Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, period};
+use fenceline_crds::{Evidence, LearntDependency, ServiceFence, ServiceFenceStatus};
 use jiff::{SignedDuration, Timestamp};
 use kube::Resource;
 use tokio::sync::watch;
@@ -43,26 +43,21 @@ pub fn candidates(fence: &ServiceFence, now: Timestamp) -> BTreeSet<String> {
         let used = known.last_seen.unwrap_or(known.first_seen);
         // What a policy names goes with the policy.
         !known.evidence.contains(&Evidence::AuthorizationPolicy)
-            && now.duration_since(used)
-                > unused_for.mul_f64_or_max(1.0 + spread(fence, &known.host))
+            && now.duration_since(used) > longer(unused_for, spread(fence, &known.host))
     };
     let due = dependencies.filter(due).take(HOSTS);
     due.map(|known| known.host.clone()).collect()
 }
 
-fn unused_for(fence: &ServiceFence) -> Option<SignedDuration> {
+pub(super) fn unused_for(fence: &ServiceFence) -> Option<SignedDuration> {
     let retention = fence.spec.retention.as_ref()?;
-    SignedDuration::try_from(period(&retention.unused_for)?).ok()
+    SignedDuration::try_from(retention.unused_for()?).ok()
 }
 
-trait Scale {
-    fn mul_f64_or_max(self, factor: f64) -> Self;
-}
-
-impl Scale for SignedDuration {
-    fn mul_f64_or_max(self, factor: f64) -> Self {
-        Self::try_from_secs_f64(self.as_secs_f64() * factor).unwrap_or(Self::MAX)
-    }
+/// A time, and a share of it.
+fn longer(time: SignedDuration, share: f64) -> SignedDuration {
+    let seconds = time.as_secs_f64() * (1.0 + share);
+    SignedDuration::try_from_secs_f64(seconds).unwrap_or(SignedDuration::MAX)
 }
 
 /// The same for the same host of the same fence, and between 0 and [`SPREAD`].

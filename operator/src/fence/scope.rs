@@ -41,10 +41,8 @@ pub(super) fn scope(
     let always = always(fence, namespace, world, settings, note);
     scoped.counts.always = count(always.len());
 
-    let learnt: BTreeSet<Host> = learnt(fence, namespace, world, note)
-        .into_iter()
-        .filter(|host| !always.contains(host))
-        .collect();
+    let mut learnt = learnt(fence, namespace, world, note);
+    learnt.retain(|host| !always.contains(host));
     scoped.counts.learnt = count(learnt.len());
 
     let named = named(fence, namespace, world, settings);
@@ -194,8 +192,7 @@ fn named(
         return BTreeSet::new();
     }
     let trust_domain = &settings.trust_domain;
-    let identities: BTreeSet<String> = select::pods_in(world, namespace)
-        .filter(|pod| select::matches(&labels, &pod.labels))
+    let identities: BTreeSet<String> = select::pods_of(world, namespace, &labels)
         .map(|pod| format!("{trust_domain}/ns/{namespace}/sa/{}", pod.service_account))
         .collect();
     if identities.is_empty() {

@@ -78,6 +78,15 @@ pub fn pods_in<'a>(world: &'a World, namespace: &'a str) -> impl Iterator<Item =
         .map(|(_, pod)| pod.as_ref())
 }
 
+/// The pods of `namespace` that `labels` select.
+pub fn pods_of<'a>(
+    world: &'a World,
+    namespace: &'a str,
+    labels: &'a Labels,
+) -> impl Iterator<Item = &'a PodFacts> {
+    pods_in(world, namespace).filter(|pod| matches(labels, &pod.labels))
+}
+
 /// The fences that select a pod of `namespace`.
 pub fn fences_of_pod(world: &World, namespace: &str, pod: &PodFacts) -> Vec<Key> {
     fences_in(world, namespace)

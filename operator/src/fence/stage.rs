@@ -76,11 +76,13 @@ pub fn next(mut target: Sidecar, stored: Option<&Sidecar>, arrived: &BTreeSet<St
 
 /// Whether proxies that take in a step are seen to do so.
 pub fn changes_a_listener(stored: Option<&Sidecar>, step: &Sidecar) -> bool {
-    let bind = |sidecar: &Sidecar| {
-        let mut listeners = sidecar.spec.egress.iter();
-        listeners.find_map(|listener| listener.other.get("bind").cloned())
-    };
-    stored.and_then(bind) != bind(step)
+    stored.and_then(bound) != bound(step)
+}
+
+/// The address of the listener that nobody calls.
+fn bound(sidecar: &Sidecar) -> Option<&str> {
+    let mut listeners = sidecar.spec.egress.iter();
+    listeners.find_map(|listener| listener.other.get("bind")?.as_str())
 }
 
 /// The step before a Sidecar is taken away: every cluster there is, beside the routes it has.
@@ -130,14 +132,12 @@ fn bind(
     staged_now: &BTreeSet<String>,
     stored: Option<&Sidecar>,
 ) -> String {
-    let mut last = None;
-    if let Some(stored) = stored {
-        let mut listeners = stored.spec.egress.iter();
-        last = listeners.find_map(|listener| listener.other.get("bind")?.as_str());
-        let same = routed(&stored.spec) == *routed_now && staged(&stored.spec) == *staged_now;
-        if let Some(last) = last.filter(|_| same) {
-            return last.to_owned();
-        }
+    let last = stored.and_then(bound);
+    let same = stored.is_some_and(|stored| {
+        routed(&stored.spec) == *routed_now && staged(&stored.spec) == *staged_now
+    });
+    if let Some(last) = last.filter(|_| same) {
+        return last.to_owned();
     }
     let mut hasher = DefaultHasher::new();
     (last, routed_now, staged_now).hash(&mut hasher);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use kube::api::ObjectMeta;
 
-use super::plan::{Objects, Verdict, object_name};
+use super::plan::{Objects, Verdict, object_key};
 use super::select::Labels;
 use super::stage::{self, EVERYTHING};
 use super::{Context, Error};
@@ -85,7 +85,7 @@ pub(super) async fn carry_out(
         | Verdict::Overlapped(_)
         | Verdict::NotInMesh(_)
         | Verdict::NameTaken(..) => {
-            let object = Key::new(&fence.namespace, object_name(&fence.name));
+            let object = object_key(fence);
             let sidecar = context.recent.newest(world, &object);
             remove(fence, sidecar.as_deref(), world, context).await?;
             Ok(Progress::Done)
@@ -99,7 +99,7 @@ async fn enforce(
     world: &World,
     context: &Context,
 ) -> Result<Progress, Error> {
-    let object = Key::new(&fence.namespace, object_name(&fence.name));
+    let object = object_key(fence);
     let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
     if let Some(want) = &objects.redirect {
         context.writer.ensure::<EnvoyFilter>(want, redirect).await?;
@@ -135,15 +135,13 @@ async fn take_step(
     context: &Context,
 ) -> Result<(), Error> {
     let arrivals = &context.arrivals;
-    let there = stored.is_some_and(|stored| stored.spec == step.spec);
-    let seen = stage::changes_a_listener(stored, step) && !there;
-    let before = if seen {
+    let before = if stage::changes_a_listener(stored, step) {
         Some(arrivals.look(fence, &labels(step), world).await)
     } else {
         None
     };
     if let Some(written) = context.writer.ensure::<Sidecar>(step, stored).await? {
-        let object = Key::new(&fence.namespace, object_name(&fence.name));
+        let object = object_key(fence);
         context.recent.wrote(&object, written);
         let hosts = step.spec.egress.iter().flat_map(|listener| &listener.hosts);
         let names = hosts
@@ -157,7 +155,7 @@ async fn take_step(
 
 /// Takes a fence's objects away in steps: the whole mesh's clusters first, then the Sidecar, then the redirect.
 async fn retire(fence: &Key, world: &World, context: &Context) -> Result<(), Error> {
-    let object = Key::new(&fence.namespace, object_name(&fence.name));
+    let object = object_key(fence);
     let stored = context.recent.newest(world, &object);
     let stored = stored.filter(|stored| fence_of(stored.as_ref()).as_ref() == Some(fence));
     if let Some(stored) = &stored {
@@ -198,7 +196,7 @@ async fn remove(
     world: &World,
     context: &Context,
 ) -> Result<(), Error> {
-    let object = Key::new(&fence.namespace, object_name(&fence.name));
+    let object = object_key(fence);
     let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
     remove_own(sidecar, fence, context).await?;
     context.recent.removed(&object);

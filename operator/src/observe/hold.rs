@@ -15,11 +15,11 @@ use tokio::sync::watch;
 
 use super::first_call::Hold;
 use super::proxy::{Eyes, Seen, State};
-use crate::fence::plan::object_name;
+use crate::fence::plan::object_key;
 use crate::fence::redirect::REDIRECTS;
 use crate::fence::stage::routed;
 use crate::metrics::Metrics;
-use crate::world::{Key, World};
+use crate::world::World;
 
 /// How often a proxy is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -248,7 +248,7 @@ impl Drop for Place<'_> {
 fn in_scope(world: &World, hold: &Hold) -> bool {
     let host = hold.host.to_string();
     hold.fences.iter().all(|fence| {
-        let key = Key::new(&*fence.namespace, object_name(&fence.name));
+        let key = object_key(fence);
         // No Sidecar: the fence is on its way out, or in; the replay tells.
         let sidecar = world.sidecars.get(&key);
         sidecar.is_none_or(|sidecar| routed(&sidecar.spec).contains(&host))

@@ -5,7 +5,7 @@
 //! Asked namespace by namespace, so that no answer gets huge. What it does not say takes nothing away: only
 //! [`crate::fence::retain`] does, after a question of its own.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -173,10 +173,19 @@ pub struct Prometheus {
 
 #[derive(Debug, Default)]
 struct Asked {
-    /// Since when each namespace's history is known.
-    namespaces: HashMap<String, Instant>,
+    /// The namespaces whose history is known.
+    namespaces: HashSet<String>,
     /// Workloads that were seen to call anything, and when that was last said.
     callers: HashMap<Key, Instant>,
+}
+
+impl Asked {
+    /// Forgets the namespaces that have no fences any more.
+    fn keep(&mut self, namespaces: &BTreeSet<String>) {
+        self.namespaces.retain(|known| namespaces.contains(known));
+        self.callers
+            .retain(|caller, _| namespaces.contains(&caller.namespace));
+    }
 }
 
 /// An edge: the workload's name, and the host that it called.
@@ -217,7 +226,7 @@ impl Prometheus {
 
     /// Whether the history of a namespace is known; if not, it is asked for at once.
     pub fn knows(&self, namespace: &str) -> bool {
-        let known = self.asked().namespaces.contains_key(namespace);
+        let known = self.asked().namespaces.contains(namespace);
         if !known {
             // Nobody asks where no replica leads.
             let _ = self.wanted.send(namespace.to_owned());
@@ -252,7 +261,7 @@ impl Prometheus {
             tokio::select! {
                 biased;
                 Some(namespace) = wishes.recv() => {
-                    if !self.asked().namespaces.contains_key(&namespace) {
+                    if !self.asked().namespaces.contains(&namespace) {
                         let result = self.ask(&world, &namespace).await;
                         self.say(&[result]);
                     }
@@ -268,7 +277,7 @@ impl Prometheus {
                             break;
                         }
                     }
-                    self.asked().namespaces.retain(|known, _| namespaces.contains(known));
+                    self.asked().keep(&namespaces);
                     self.say(&results);
                 }
             }
@@ -281,7 +290,7 @@ impl Prometheus {
         world: &watch::Receiver<Arc<World>>,
         namespace: &str,
     ) -> Result<usize, prometheus_http_query::Error> {
-        let known = self.asked().namespaces.contains_key(namespace);
+        let known = self.asked().namespaces.contains(namespace);
         let window = if known {
             self.settings.window
         } else {
@@ -290,7 +299,7 @@ impl Prometheus {
         let edges = self.edges_of(namespace, window).await?;
         let received = Instant::now();
         let mut asked = self.asked();
-        asked.namespaces.insert(namespace.to_owned(), received);
+        asked.namespaces.insert(namespace.to_owned());
         for (workload, _) in &edges {
             let caller = Key::new(namespace, workload.clone());
             asked.callers.insert(caller, received);
@@ -381,26 +390,21 @@ impl Prometheus {
 
 /// The edges of fenced workloads, by fence, with the host's full name.
 fn of_fences(world: &World, namespace: &str, edges: &BTreeSet<Edge>) -> BTreeSet<(Key, String)> {
-    let mut fences: HashMap<&str, BTreeSet<Key>> = HashMap::new();
+    let mut fences: HashMap<String, BTreeSet<Key>> = HashMap::new();
     for (key, _) in select::fences_in(world, namespace) {
         for workload in workloads_of(world, key) {
-            if let Some((name, _)) = edges.iter().find(|(name, _)| *name == workload) {
-                fences.entry(name).or_default().insert(key.clone());
-            }
+            fences.entry(workload).or_default().insert(key.clone());
         }
     }
     let mut known = BTreeSet::new();
     for (workload, service) in edges {
-        let Some(fences) = fences.get(workload.as_str()) else {
+        let Some(fences) = fences.get(workload) else {
             continue;
         };
         // What is not the mesh's is nothing to learn: `unknown`, PassthroughCluster, names outside.
         if let Ok(host) = resolve(world, namespace, service) {
-            known.extend(
-                fences
-                    .iter()
-                    .map(|fence| (fence.clone(), host.fqdn.clone())),
-            );
+            let edges = fences.iter();
+            known.extend(edges.map(|fence| (fence.clone(), host.fqdn.clone())));
         }
     }
     known
@@ -411,14 +415,12 @@ pub fn workloads_of(world: &World, fence: &Key) -> BTreeSet<String> {
     let Some(object) = world.fences.get(fence) else {
         return BTreeSet::new();
     };
-    let mut workloads: BTreeSet<String> = select::labels(object, world)
-        .map(|labels| {
-            select::pods_in(world, &fence.namespace)
-                .filter(|pod| select::matches(&labels, &pod.labels))
-                .map(|pod| pod.workload.clone())
-                .collect()
-        })
-        .unwrap_or_default();
+    let labels = select::labels(object, world);
+    let mut workloads: BTreeSet<String> = labels
+        .iter()
+        .flat_map(|labels| select::pods_of(world, &fence.namespace, labels))
+        .map(|pod| pod.workload.clone())
+        .collect();
     if workloads.is_empty() {
         workloads.insert(by_name(object));
     }
