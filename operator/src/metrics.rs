@@ -167,6 +167,11 @@ impl Metrics {
         registry
     }
 
+    /// Something was reported, with this outcome.
+    pub fn observed(&self, became: &'static str) {
+        self.observations.get_or_create(&outcome(became)).inc();
+    }
+
     pub fn observe_world(&self, world: &World) {
         let endpoints = i64::try_from(world.global_proxy_endpoints()).unwrap_or(i64::MAX);
         self.global_proxy_endpoints.set(endpoints);

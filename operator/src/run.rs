@@ -11,6 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
 use tracing_subscriber::EnvFilter;
 
 use crate::admin;
@@ -128,12 +130,8 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let callers = TcpListener::bind(callers_address)
         .await
         .with_context(|| format!("--callers-address {callers_address}"))?;
-    let mut callers = tokio::spawn(serve_callers(
-        callers,
-        callers_log,
-        synced.clone(),
-        stop.clone(),
-    ));
+    let services = Server::builder().add_service(AccessLogServiceServer::new(callers_log));
+    let mut callers = tokio::spawn(serve(callers, services, synced.clone(), stop.clone()));
     let limits = Limits {
         per_caller: held_per_caller,
         in_all: held_in_all,
@@ -164,13 +162,10 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         .with_graceful_shutdown(stop.clone().cancelled_owned())
         .into_future();
     let admin = tokio::spawn(admin);
-    let mut grpc = tokio::spawn(serve_global_proxy(
-        grpc,
-        access_log,
-        ext_authz,
-        synced.clone(),
-        stop.clone(),
-    ));
+    let services = Server::builder()
+        .add_service(AccessLogServiceServer::new(access_log))
+        .add_service(AuthorizationServer::new(ext_authz));
+    let mut grpc = tokio::spawn(serve(grpc, services, synced.clone(), stop.clone()));
 
     let writer = Writer::new(client.clone(), Arc::clone(&metrics), writes_per_second);
     let (arrivals, mut arrived) = Arrivals::new(eyes);
@@ -248,10 +243,10 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves the access logs of callers once there is a mesh to understand them by.
-async fn serve_callers(
+/// Serves proxies once there is a mesh to understand them by; until then they try another replica.
+async fn serve(
     listener: TcpListener,
-    callers_log: CallersLog,
+    services: Router,
     mut synced: watch::Receiver<bool>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -259,31 +254,10 @@ async fn serve_callers(
         () = wait_for(&mut synced) => {}
         () = stop.cancelled() => return Ok(()),
     }
-    tonic::transport::Server::builder()
-        .add_service(AccessLogServiceServer::new(callers_log))
+    services
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
         .await?;
     Ok(())
-}
-
-/// Serves the global proxy once there is a mesh to understand it by; until then it tries another replica.
-async fn serve_global_proxy(
-    listener: TcpListener,
-    access_log: AccessLog,
-    ext_authz: ExtAuthz,
-    mut synced: watch::Receiver<bool>,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
-    tokio::select! {
-        () = wait_for(&mut synced) => {}
-        () = stop.cancelled() => return Ok(()),
-    }
-    tonic::transport::Server::builder()
-        .add_service(AccessLogServiceServer::new(access_log))
-        .add_service(AuthorizationServer::new(ext_authz))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
-        .await
-        .context("the service for the global proxy")
 }
 
 async fn wait_for(flag: &mut watch::Receiver<bool>) {

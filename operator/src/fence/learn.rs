@@ -79,6 +79,16 @@ pub enum Noted {
     Known,
 }
 
+impl Noted {
+    /// The outcome, as metrics show it.
+    pub fn outcome(self) -> &'static str {
+        match self {
+            Self::Learnt => "learnt",
+            Self::Known => "known",
+        }
+    }
+}
+
 impl Learner {
     pub fn new(
         status: Arc<StatusWriter>,
@@ -99,6 +109,24 @@ impl Learner {
 
     fn inbox(&self) -> std::sync::MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The workloads of all these fences called a host. It is new if it is to one of them.
+    pub fn all_saw<'a>(
+        &self,
+        world: &World,
+        fences: impl IntoIterator<Item = &'a Key>,
+        fqdn: &str,
+        evidence: Evidence,
+        received: Instant,
+    ) -> Noted {
+        let mut all = Noted::Known;
+        for fence in fences {
+            if self.saw(world, fence, fqdn, evidence, received) == Noted::Learnt {
+                all = Noted::Learnt;
+            }
+        }
+        all
     }
 
     /// A fence's workload called a host; `received` is when we were told.

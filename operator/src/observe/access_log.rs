@@ -22,9 +22,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::identity::Identity;
 use super::peer::Door;
-use super::resolve::{UnknownCaller, fences_of_caller, resolve};
-use crate::fence::learn::{Learner, Noted};
-use crate::metrics::outcome;
+use super::resolve::{fences_of_caller, resolve};
+use crate::fence::learn::Learner;
 use crate::world::World;
 
 /// Serves Envoy's access log stream.
@@ -50,27 +49,36 @@ impl AccessLogService for AccessLog {
         request: Request<Streaming<StreamAccessLogsMessage>>,
     ) -> Result<Response<StreamAccessLogsResponse>, Status> {
         self.door.admit(request.metadata())?;
-        let mut stream = request.into_inner();
-        loop {
-            let message = tokio::select! {
-                message = stream.message() => message?,
-                () = self.stop.cancelled() => return Err(Status::unavailable("shutting down")),
-            };
-            let Some(message) = message else { break };
-            let received = Instant::now();
-            if let Some(LogEntries::HttpLogs(logs)) = message.log_entries {
+        let metrics = &self.door.metrics;
+        follow(request, &self.stop, |entries, received| {
+            if let LogEntries::HttpLogs(logs) = entries {
                 for entry in &logs.log_entry {
-                    let became = self.take(entry, received);
-                    self.door
-                        .metrics
-                        .observations
-                        .get_or_create(&outcome(became))
-                        .inc();
+                    metrics.observed(self.take(entry, received));
                 }
             }
-        }
-        Ok(Response::new(StreamAccessLogsResponse {}))
+        })
+        .await
     }
+}
+
+/// Has every message of a stream taken in, with the time at which it came, until the stream or the process ends.
+pub(super) async fn follow(
+    request: Request<Streaming<StreamAccessLogsMessage>>,
+    stop: &CancellationToken,
+    mut take: impl FnMut(LogEntries, Instant),
+) -> Result<Response<StreamAccessLogsResponse>, Status> {
+    let mut stream = request.into_inner();
+    loop {
+        let message = tokio::select! {
+            message = stream.message() => message?,
+            () = stop.cancelled() => return Err(Status::unavailable("shutting down")),
+        };
+        let Some(message) = message else { break };
+        if let Some(entries) = message.log_entries {
+            take(entries, Instant::now());
+        }
+    }
+    Ok(Response::new(StreamAccessLogsResponse {}))
 }
 
 impl AccessLog {
@@ -86,26 +94,15 @@ impl AccessLog {
         let world = Arc::clone(&self.world.borrow());
         let fences = match fences_of_caller(&world, &seen.caller, seen.address) {
             Ok(fences) => fences,
-            Err(UnknownCaller::NoPod) => return "unknown_pod",
-            Err(UnknownCaller::NotTheIdentitys) => return "not_believed",
-            Err(UnknownCaller::NotFenced) => return "not_fenced",
+            Err(unknown) => return unknown.outcome(),
         };
         match resolve(&world, &seen.caller.namespace, seen.authority) {
             Ok(host) => {
-                let mut became = "known";
-                for fence in &fences {
-                    let noted = self.learner.saw(
-                        &world,
-                        fence,
-                        &host.fqdn,
-                        Evidence::GlobalProxy,
-                        received,
-                    );
-                    if noted == Noted::Learnt {
-                        became = "learnt";
-                    }
-                }
-                became
+                let evidence = Evidence::GlobalProxy;
+                let noted = self
+                    .learner
+                    .all_saw(&world, &fences, &host.fqdn, evidence, received);
+                noted.outcome()
             }
             Err(why) => {
                 for fence in &fences {

@@ -16,13 +16,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::access_log::{ip, remote};
+use super::access_log::{follow, ip, remote};
 use super::identity::Identity;
 use super::peer::peer;
-use super::resolve::{UnknownCaller, fences_of_caller, resolve};
-use crate::fence::learn::{Learner, Noted};
-use crate::metrics::{Metrics, outcome};
-use crate::world::World;
+use super::resolve::{fences_of_caller, resolve};
+use crate::fence::learn::Learner;
+use crate::metrics::Metrics;
+use crate::world::{Key, World};
 
 /// Serves the access log streams of callers.
 pub struct CallersLog {
@@ -46,22 +46,14 @@ impl AccessLogService for CallersLog {
                 "only workloads of the mesh may report their connections",
             ));
         };
-        let mut stream = request.into_inner();
-        loop {
-            let message = tokio::select! {
-                message = stream.message() => message?,
-                () = self.stop.cancelled() => return Err(Status::unavailable("shutting down")),
-            };
-            let Some(message) = message else { break };
-            if let Some(LogEntries::TcpLogs(logs)) = message.log_entries {
+        follow(request, &self.stop, |entries, received| {
+            if let LogEntries::TcpLogs(logs) = entries {
                 for entry in &logs.log_entry {
-                    let became = self.take(&caller, entry, Instant::now());
-                    let observations = &self.metrics.observations;
-                    observations.get_or_create(&outcome(became)).inc();
+                    self.metrics.observed(self.take(&caller, entry, received));
                 }
             }
-        }
-        Ok(Response::new(StreamAccessLogsResponse {}))
+        })
+        .await
     }
 }
 
@@ -79,30 +71,22 @@ impl CallersLog {
         let world = Arc::clone(&self.world.borrow());
         let fences = match fences_of_caller(&world, caller, from) {
             Ok(fences) => fences,
-            Err(UnknownCaller::NoPod) => return "unknown_pod",
-            Err(UnknownCaller::NotTheIdentitys) => return "not_believed",
-            Err(UnknownCaller::NotFenced) => return "not_fenced",
+            Err(unknown) => return unknown.outcome(),
         };
         // Addresses of the world outside are most of what comes here, and nothing to learn.
         let Ok(host) = resolve(&world, &caller.namespace, &to.to_string()) else {
             return "outside";
         };
-        let learns = |fence: &&crate::world::Key| {
+        let learns = |fence: &&Key| {
             let fence = world.fences.get(*fence);
             fence.is_some_and(|fence| fence.spec.non_http == NonHttp::Learn)
         };
-        let mut became = "known";
-        for fence in fences.iter().filter(learns) {
-            let evidence = Evidence::AccessLog;
-            if self
-                .learner
-                .saw(&world, fence, &host.fqdn, evidence, received)
-                == Noted::Learnt
-            {
-                became = "learnt";
-            }
-        }
-        became
+        let fences = fences.iter().filter(learns);
+        let evidence = Evidence::AccessLog;
+        let noted = self
+            .learner
+            .all_saw(&world, fences, &host.fqdn, evidence, received);
+        noted.outcome()
     }
 }
 

@@ -140,6 +140,17 @@ pub enum UnknownCaller {
     NotFenced,
 }
 
+impl UnknownCaller {
+    /// The outcome, as metrics show it.
+    pub fn outcome(self) -> &'static str {
+        match self {
+            Self::NoPod => "unknown_pod",
+            Self::NotTheIdentitys => "not_believed",
+            Self::NotFenced => "not_fenced",
+        }
+    }
+}
+
 /// The fences of the pod that called: the pod behind the address, if it is what the certificate says.
 ///
 /// # Errors
