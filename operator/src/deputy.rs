@@ -156,7 +156,7 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
     let mut retry = RETRY;
     loop {
         let now = Arc::clone(&world.borrow_and_update());
-        if planned.as_ref().is_none_or(|then| !same_hosts(then, &now)) {
+        if planned.as_ref().is_none_or(|then| !then.protects_as(&now)) {
             plans = plan(&now, &settings);
             planned = Some(Arc::clone(&now));
         }
@@ -173,14 +173,6 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
         }
         tokio::time::sleep(COALESCE).await;
     }
-}
-
-/// Whether nothing changed that the plan looks at.
-fn same_hosts(then: &World, now: &World) -> bool {
-    then.policies.ptr_eq(&now.policies)
-        && then.services.ptr_eq(&now.services)
-        && then.virtual_services.ptr_eq(&now.virtual_services)
-        && then.service_entries.ptr_eq(&now.service_entries)
 }
 
 /// Writes what differs; says whether all of it went well. One policy that cannot be written keeps no other from it.

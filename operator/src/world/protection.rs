@@ -55,7 +55,16 @@ impl World {
             || self.routes.contains_key(host)
     }
 
-    /// The same, without what lingers of former changes.
+    /// Whether nothing differs that protection depends on.
+    pub fn protects_as(&self, other: &Self) -> bool {
+        self.policies.ptr_eq(&other.policies)
+            && self.services.ptr_eq(&other.services)
+            && self.virtual_services.ptr_eq(&other.virtual_services)
+            && self.service_entries.ptr_eq(&other.service_entries)
+            && self.lingering.ptr_eq(&other.lingering)
+    }
+
+    /// As [`Self::protection`], without what lingers of former changes.
     pub(super) fn protection_now(&self, root: &str, fqdn: &str) -> Option<Key> {
         self.first_behind(fqdn, |host| self.own_protection(root, host))
     }

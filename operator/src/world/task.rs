@@ -400,7 +400,12 @@ mod tests {
         take(&mut task, new);
         assert!(!protected(&task, "new.bank.svc.cluster.local"));
 
+        let before = task.world.clone();
         take(&mut task, Change::Forgotten(front.to_owned()));
+        assert!(
+            !task.world.protects_as(&before),
+            "what the global proxy denies follows"
+        );
         assert!(!protected(&task, front) && protected(&task, vault));
         take(&mut task, Change::Forgotten(vault.to_owned()));
         assert!(!protected(&task, vault));
