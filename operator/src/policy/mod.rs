@@ -44,32 +44,35 @@ pub struct Context {
 
 /// Keeps fences as policies want them for as long as it is polled: the leader's work.
 pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
-    let mut planned: Option<(Arc<World>, Wanted)> = None;
+    // What was carried out, and for which world.
+    let mut done: Option<(Arc<World>, Wanted)> = None;
     let mut retry = RETRY;
     loop {
         let now = Arc::clone(&world.borrow_and_update());
-        let wanted = match planned.take() {
+        let wanted = match done.take() {
             Some((then, wanted)) if same_wishes(&then, &now) => wanted,
             _ => plan(&now, &context.settings),
         };
         let well = write(&wanted, &now, context).await & promote::round(&now, context).await;
         report(&wanted, &now, context).await;
-        planned = Some((now, wanted));
         if !well {
             tokio::time::sleep(retry).await;
             retry = (retry * 2).min(LONGEST_RETRY);
-            planned = None;
             continue;
         }
         retry = RETRY;
-        tokio::select! {
-            changed = world.changed() => if changed.is_err() {
-                return;
-            },
-            () = tokio::time::sleep(LOOK_AGAIN) => {}
+        let again = tokio::time::timeout(LOOK_AGAIN, until_other_wishes(&mut world, &now)).await;
+        if again == Ok(false) {
+            return;
         }
+        done = Some((now, wanted));
         tokio::time::sleep(COALESCE).await;
     }
+}
+
+/// Waits for a world in which policies may want something else; says whether there will be any.
+async fn until_other_wishes(world: &mut watch::Receiver<Arc<World>>, then: &World) -> bool {
+    world.wait_for(|now| !same_wishes(then, now)).await.is_ok()
 }
 
 /// Whether nothing changed that the plan looks at.
