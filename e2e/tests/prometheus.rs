@@ -121,6 +121,12 @@ fn a_running_mesh_is_known_before_the_first_call() {
         anyhow::ensure!(first < 0.5, "{first} first calls");
         until_policy_says(lab, "PrometheusHealthy", "Healthy").await?;
 
+        // A fence that is made later knows the past too.
+        lab.kubectl(&["-n", "shop", "delete", "servicefence", "client"])
+            .await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
+        anyhow::ensure!(known(lab).await? == want, "{:?}", known(lab).await?);
+
         // Gone: nothing is lost, and it is said.
         lab.stop_prometheus().await?;
         until_policy_says(lab, "PrometheusHealthy", "Failing").await?;

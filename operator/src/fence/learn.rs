@@ -285,14 +285,15 @@ impl Learner {
                 }
             }
         }
+        // Before the inbox is open again: whoever flushes must not find everything empty.
+        let hosts: usize = due.values().map(|pending| pending.hosts.len()).sum();
+        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+        self.metrics.waiting.set(hosts as f64);
         (due, later)
     }
 
     /// Writes all that is due, the fences side by side. Says whether something has to be tried again.
     async fn write(self: &Arc<Self>, due: HashMap<Key, Pending>) -> bool {
-        let hosts: usize = due.values().map(|pending| pending.hosts.len()).sum();
-        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-        self.metrics.waiting.set(hosts as f64);
         let mut writes = JoinSet::new();
         for (fence, pending) in due {
             let learner = Arc::clone(self);

@@ -33,7 +33,7 @@ use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
 use crate::clock::Clock;
 use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
-use crate::fence::plan::{Plan, Verdict, object_key, plan};
+use crate::fence::plan::{Plan, Verdict, plan};
 pub use crate::fence::write::Recent;
 use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
@@ -47,7 +47,7 @@ const RESYNC: Duration = Duration::from_secs(600);
 /// An EnvoyFilter of somebody else's is not watched, so whether it is gone is asked this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How long a new fence waits for what Prometheus knows of its workload, and how often it looks.
-const HISTORY_WAIT: SignedDuration = SignedDuration::from_secs(5);
+const HISTORY_WAIT: SignedDuration = SignedDuration::from_secs(15);
 const HISTORY_LOOK: Duration = Duration::from_millis(100);
 /// By then the watch shows what was written.
 const SEEN_BY_NOW: Duration = Duration::from_secs(3);
@@ -256,15 +256,15 @@ fn enqueue(
 async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Error> {
     let key = Key::new(fence.namespace().unwrap_or_default(), fence.name_any());
     let world = Arc::clone(&context.world.borrow());
+    if is_too_early(&key, &world, context) {
+        return Ok(Action::requeue(HISTORY_LOOK));
+    }
     // The newest status: what was learnt a moment ago is in it before the watch shows it.
     let Some(fence) = context.status.newest(&world, &key) else {
         return Ok(Action::await_change());
     };
     if fence.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
-    }
-    if is_too_early(&key, &fence, &world, context) {
-        return Ok(Action::requeue(HISTORY_LOOK));
     }
     let mut plan = plan(&fence, &world, &context.settings, (context.clock)());
     let mut resync = RESYNC;
@@ -325,9 +325,8 @@ async fn report(
 
 /// Whether Prometheus is about to say what the workload of a new fence called so far. A fence does not wait for long:
 /// what is not known then is learnt from first calls.
-fn is_too_early(key: &Key, fence: &ServiceFence, world: &World, context: &Context) -> bool {
-    let object = object_key(key);
-    let Some(prometheus) = &context.prometheus else {
+fn is_too_early(key: &Key, world: &World, context: &Context) -> bool {
+    let (Some(prometheus), Some(fence)) = (&context.prometheus, world.fences.get(key)) else {
         return false;
     };
     let age = fence.creation_timestamp().map_or(HISTORY_WAIT, |created| {
@@ -335,9 +334,9 @@ fn is_too_early(key: &Key, fence: &ServiceFence, world: &World, context: &Contex
     });
     fence.spec.mode == Mode::Enforce
         && fence.spec.believes(Evidence::Prometheus)
-        && !world.sidecars.contains_key(&object)
         && age < HISTORY_WAIT
-        && !prometheus.knows(&key.namespace)
+        && !prometheus.fails()
+        && !prometheus.knows(fence)
 }
 
 fn retry(fence: &ServiceFence, error: &Error, context: &Context) -> Action {

@@ -173,16 +173,21 @@ pub struct Prometheus {
 
 #[derive(Debug, Default)]
 struct Asked {
-    /// The namespaces whose history is known.
-    namespaces: HashSet<String>,
+    /// The fences, by uid, that begin with what their workloads called before.
+    fences: HashSet<String>,
     /// Workloads that were seen to call anything, and when that was last said.
     callers: HashMap<Key, Instant>,
 }
 
 impl Asked {
-    /// Forgets the namespaces that have no fences any more.
-    fn keep(&mut self, namespaces: &BTreeSet<String>) {
-        self.namespaces.retain(|known| namespaces.contains(known));
+    /// Forgets the fences that are no more.
+    fn keep(&mut self, world: &World, namespaces: &BTreeSet<String>) {
+        let there: HashSet<String> = world
+            .fences
+            .values()
+            .filter_map(|fence| fence.uid())
+            .collect();
+        self.fences.retain(|known| there.contains(known));
         self.callers
             .retain(|caller, _| namespaces.contains(&caller.namespace));
     }
@@ -220,18 +225,33 @@ impl Prometheus {
         self.health.subscribe()
     }
 
+    /// Whether it does not answer.
+    pub fn fails(&self) -> bool {
+        matches!(*self.health.borrow(), Health::Failing(_))
+    }
+
     fn asked(&self) -> std::sync::MutexGuard<'_, Asked> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the history of a namespace is known; if not, it is asked for at once.
-    pub fn knows(&self, namespace: &str) -> bool {
-        let known = self.asked().namespaces.contains(namespace);
+    /// Whether a fence's status has what its workload called before; if not, that is asked for at once.
+    pub fn knows(&self, fence: &ServiceFence) -> bool {
+        let uid = fence.uid().unwrap_or_default();
+        let known = self.asked().fences.contains(&uid);
         if !known {
             // Nobody asks where no replica leads.
-            let _ = self.wanted.send(namespace.to_owned());
+            let _ = self.wanted.send(fence.namespace().unwrap_or_default());
         }
         known
+    }
+
+    /// The fences of a namespace, by uid, whose workloads' history is not known yet.
+    fn unknown(&self, world: &World, namespace: &str) -> Vec<String> {
+        let asked = self.asked();
+        let fences = select::fences_in(world, namespace).filter_map(|(_, fence)| fence.uid());
+        fences
+            .filter(|fence| !asked.fences.contains(fence))
+            .collect()
     }
 
     /// Whether a workload of the fence was lately seen to call anything: what it did not call, it did not call.
@@ -261,23 +281,28 @@ impl Prometheus {
             tokio::select! {
                 biased;
                 Some(namespace) = wishes.recv() => {
-                    if !self.asked().namespaces.contains(&namespace) {
-                        let result = self.ask(&world, &namespace).await;
-                        self.say(&[result]);
+                    let now = Arc::clone(&world.borrow());
+                    if !self.unknown(&now, &namespace).is_empty() {
+                        let result = self.ask(&now, &namespace).await;
+                        // One namespace without traffic says nothing of Prometheus.
+                        if !matches!(result, Ok(0)) {
+                            self.say(&[result]);
+                        }
                     }
                 }
                 _ = tick.tick() => {
+                    let now = Arc::clone(&world.borrow());
                     let namespaces: BTreeSet<String> =
-                        world.borrow().fences.keys().map(|key| key.namespace.clone()).collect();
+                        now.fences.keys().map(|key| key.namespace.clone()).collect();
                     let mut results = Vec::new();
                     for namespace in &namespaces {
-                        results.push(self.ask(&world, namespace).await);
+                        results.push(self.ask(&now, namespace).await);
                         if results.last().is_some_and(Result::is_err) {
                             // The others would wait as long.
                             break;
                         }
                     }
-                    self.asked().keep(&namespaces);
+                    self.asked().keep(&now, &namespaces);
                     self.say(&results);
                 }
             }
@@ -287,28 +312,31 @@ impl Prometheus {
     /// Asks about one namespace and learns from the answer; says how many edges it has.
     async fn ask(
         &self,
-        world: &watch::Receiver<Arc<World>>,
+        world: &World,
         namespace: &str,
     ) -> Result<usize, prometheus_http_query::Error> {
-        let known = self.asked().namespaces.contains(namespace);
-        let window = if known {
+        let unknown = self.unknown(world, namespace);
+        let window = if unknown.is_empty() {
             self.settings.window
         } else {
             self.settings.history
         };
         let edges = self.edges_of(namespace, window).await?;
         let received = Instant::now();
-        let mut asked = self.asked();
-        asked.namespaces.insert(namespace.to_owned());
-        for (workload, _) in &edges {
-            let caller = Key::new(namespace, workload.clone());
-            asked.callers.insert(caller, received);
-        }
-        drop(asked);
-        let world = Arc::clone(&world.borrow());
-        for (fence, host) in of_fences(&world, namespace, &edges) {
+        let callers = edges
+            .iter()
+            .map(|(workload, _)| (Key::new(namespace, workload.clone()), received));
+        self.asked().callers.extend(callers);
+        for (fence, host) in of_fences(world, namespace, &edges) {
             self.learner
-                .saw(&world, &fence, &host, Evidence::Prometheus, received);
+                .saw(world, &fence, &host, Evidence::Prometheus, received);
+        }
+        if !unknown.is_empty() {
+            // Known is what the status has: a scope is planned from nothing else.
+            let stored = tokio::time::timeout(self.settings.timeout, self.learner.flush());
+            if stored.await.is_ok() {
+                self.asked().fences.extend(unknown);
+            }
         }
         Ok(edges.len())
     }
