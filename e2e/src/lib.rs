@@ -3,8 +3,10 @@
 
 pub mod app;
 pub mod control_plane;
+pub mod cost;
 pub mod fences;
 pub mod forward;
+pub mod guard;
 pub mod idle;
 pub mod install;
 pub mod isolate;

@@ -12,7 +12,7 @@ use crate::lab::{Lab, PATIENCE, request};
 use crate::process::Process;
 use crate::wait::eventually;
 
-const PORT: u16 = 9090;
+pub(crate) const PORT: u16 = 9090;
 /// Where pods reach it.
 pub const URL: &str = "http://10.244.0.1:9090";
 

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use fenceline_crds::Evidence;
 use fenceline_e2e::app::{Call, Protocol};
-use fenceline_e2e::install::OPERATOR;
+use fenceline_e2e::guard::{GUARDED, SLOW, TOKEN, WRONG};
+use fenceline_e2e::install::{OPERATOR, SYSTEM};
 use fenceline_e2e::lab::request;
 use fenceline_e2e::prometheus::URL;
 use fenceline_e2e::wait::eventually;
@@ -14,20 +15,11 @@ const CLIENT: (&str, &str) = ("shop", "client");
 const REVIEWS: &str = "reviews.shop.svc.cluster.local";
 const LEDGER: &str = "ledger.bank.svc.cluster.local";
 
+const CALLS: [&str; 2] = ["reviews:9080", "ledger.bank:80"];
+
 /// A mesh in which a client has called two services before Fenceline was there.
 async fn mesh(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<[Call; 2]> {
-    for namespace in ["shop", "bank"] {
-        lab.namespace(namespace).await?;
-    }
-    lab.workload(CLIENT, &[80]).await?;
-    lab.workload(("shop", "reviews"), &[9080]).await?;
-    lab.workload(("bank", "ledger"), &[80]).await?;
-    lab.start_prometheus().await?;
-    let calls = ["reviews:9080", "ledger.bank:80"];
-    for authority in calls {
-        lab.until_direct(CLIENT, Protocol::Http1, authority).await?;
-    }
-    until_counted(lab, LEDGER).await?;
+    running(lab).await?;
     let url = format!("--prometheus-url={URL}");
     lab.operator_args = [&[url.as_str(), "--prometheus-interval=2s"], flags]
         .concat()
@@ -38,15 +30,30 @@ async fn mesh(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<[Call; 2]> {
     Ok([
         request(
             Protocol::Http1,
-            calls[0],
+            CALLS[0],
             lab.resolve("shop", "reviews", 9080).await?,
         ),
         request(
             Protocol::Http1,
-            calls[1],
+            CALLS[1],
             lab.resolve("bank", "ledger", 80).await?,
         ),
     ])
+}
+
+/// The mesh before Fenceline is there.
+async fn running(lab: &mut Lab) -> anyhow::Result<()> {
+    for namespace in ["shop", "bank"] {
+        lab.namespace(namespace).await?;
+    }
+    lab.workload(CLIENT, &[80]).await?;
+    lab.workload(("shop", "reviews"), &[9080]).await?;
+    lab.workload(("bank", "ledger"), &[80]).await?;
+    lab.start_prometheus().await?;
+    for authority in CALLS {
+        lab.until_direct(CLIENT, Protocol::Http1, authority).await?;
+    }
+    until_counted(lab, LEDGER).await
 }
 
 async fn until_counted(lab: &Lab, host: &str) -> anyhow::Result<()> {
@@ -134,6 +141,66 @@ fn a_running_mesh_is_known_before_the_first_call() {
         lab.start_prometheus().await?;
         until_policy_says(lab, "PrometheusHealthy", "Healthy").await
     });
+}
+
+#[test]
+fn prometheus_behind_a_guard_slow_or_wrong() {
+    fenceline_e2e::test(async |lab| {
+        running(lab).await?;
+        let guard = lab.guard_prometheus()?;
+        let identity = format!("--prometheus-identity-file={}", guard.identity.display());
+        let stranger = |url: &str| {
+            vec![
+                format!("--prometheus-url={url}"),
+                format!("--prometheus-token-file={}", guard.token.display()),
+                format!("--prometheus-ca-file={}", guard.authority.display()),
+                "--prometheus-interval=2s".to_owned(),
+                "--prometheus-timeout=3s".to_owned(),
+            ]
+        };
+        let at = |url: &str| [stranger(url), vec![identity.clone()]].concat();
+        lab.operator_args = at(GUARDED);
+        lab.install().await?;
+        policy(lab, "template: {mode: Enforce}").await?;
+        lab.until_reason(CLIENT, "Enforced").await?;
+        let known_before = known(lab).await?;
+        anyhow::ensure!(known_before.len() == 2, "{known_before:?}");
+        until_policy_says(lab, "PrometheusHealthy", "Healthy").await?;
+
+        // A token that is changed is read again; one that is wrong is told.
+        std::fs::write(&guard.token, "tunafish")?;
+        until_failing(lab, "403").await?;
+        std::fs::write(&guard.token, TOKEN)?;
+        until_policy_says(lab, "PrometheusHealthy", "Healthy").await?;
+
+        for (flags, why) in [
+            (at(SLOW), "timed out"),
+            (at(WRONG), "Log in"),
+            (stranger(GUARDED), "ertificate"),
+        ] {
+            lab.delete_pod(SYSTEM, OPERATOR).await?;
+            lab.operator_args = flags;
+            lab.start_operator(OPERATOR).await?;
+            until_failing(lab, why).await?;
+            let known = known(lab).await?;
+            anyhow::ensure!(known == known_before, "{known:?}");
+        }
+        Ok(())
+    });
+}
+
+/// Waits until the policy says that Prometheus fails, and why.
+async fn until_failing(lab: &Lab, why: &str) -> anyhow::Result<()> {
+    eventually(PATIENCE, &format!("the policy says: {why}"), async || {
+        let path = "jsonpath={.status.conditions[?(@.type==\"PrometheusHealthy\")]}";
+        let said = lab
+            .kubectl(&["get", "fencepolicy", "every", "-o", path])
+            .await?;
+        anyhow::ensure!(said.contains("Failing") && said.contains(why), "{said}");
+        println!("{said}");
+        Ok(())
+    })
+    .await
 }
 
 #[test]

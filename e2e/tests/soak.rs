@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use fenceline_e2e::app::Protocol;
+use fenceline_e2e::cost::Cost;
 use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
 use fenceline_e2e::lab::{MESH_CONFIG, request};
 use fenceline_e2e::prometheus::URL;
@@ -218,6 +219,31 @@ impl Soak<'_> {
         Ok(())
     }
 
+    /// What the proxies cost by now, each of them.
+    async fn costs(&mut self) -> anyhow::Result<()> {
+        let mut sum = Cost::default();
+        for pod in pods() {
+            let cost = self.lab.cost(pod).await?;
+            sum.memory += cost.memory;
+            sum.config += cost.config;
+            sum.received += cost.received;
+            sum.services += cost.services;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a mean")]
+        let (pods, services) = (pods().len() as f64, sum.services as f64);
+        let line = format!(
+            "          a proxy: {:.2} MB of memory, {:.0} kB of configuration, {:.1} services; {:.0} kB of xDS received \
+             since its start",
+            sum.memory / pods / 1e6,
+            sum.config / pods / 1e3,
+            services / pods,
+            sum.received / pods / 1e3,
+        );
+        println!("{line}");
+        self.log.push(line);
+        Ok(())
+    }
+
     async fn leader(&self) -> anyhow::Result<&'static str> {
         let first = self.lab.metric(OPERATOR, "fenceline_leader", "").await?;
         Ok(if first > 0.5 {
@@ -286,6 +312,7 @@ async fn soak(lab: &mut Lab, kind: Kind) -> anyhow::Result<()> {
 async fn happen(soak: &mut Soak<'_>, kind: Kind, targets: &[Target]) -> anyhow::Result<()> {
     let ours = kind.is_some();
     soak.until(0.05, "every namespace is fenced").await;
+    soak.costs().await?;
     if let Some(policy) = kind {
         let spec = format!(
             "{{apiVersion: fenceline.dev/v1alpha1, kind: FencePolicy, metadata: {{name: every}}, \
@@ -353,11 +380,13 @@ async fn happen(soak: &mut Soak<'_>, kind: Kind, targets: &[Target]) -> anyhow::
         soak.lab.delete_pod(SYSTEM, GLOBAL_PROXY).await?;
     }
     soak.until(0.90, "everything is switched off").await;
+    soak.costs().await?;
     if ours {
         soak.fences().await?;
         soak.kubectl("delete fencepolicy every").await?;
     }
     soak.until(1.0, "the end").await;
+    soak.costs().await?;
     Ok(())
 }
 

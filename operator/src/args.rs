@@ -193,13 +193,13 @@ pub struct PrometheusArgs {
     /// How far each question looks back.
     #[arg(long, env = "FENCELINE_PROMETHEUS_WINDOW", default_value = "1h", value_parser = time)]
     pub prometheus_window: Duration,
-    /// How far the first question about a namespace looks back.
+    /// How far the first question about a fence looks back.
     #[arg(long, env = "FENCELINE_PROMETHEUS_HISTORY", default_value = "24h", value_parser = time)]
     pub prometheus_history: Duration,
     /// How long an answer may take.
     #[arg(long, env = "FENCELINE_PROMETHEUS_TIMEOUT", default_value = "10s", value_parser = time)]
     pub prometheus_timeout: Duration,
-    /// A file with a bearer token, read on starting.
+    /// A file with a bearer token. Like the others it is read again when it changes.
     #[arg(long, env = "FENCELINE_PROMETHEUS_TOKEN_FILE")]
     pub prometheus_token_file: Option<PathBuf>,
     /// A file with the certificates, in PEM, of authorities to be trusted beside the system's.

@@ -98,10 +98,9 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         Some(asked) => {
             // Fails where somebody did so already.
             let _ = rustls::crypto::ring::default_provider().install_default();
-            let client = prometheus::client(&prometheus)?;
-            let learner = Arc::clone(&learner);
-            let made = Prometheus::new(client, asked, learner, Arc::clone(&metrics));
-            let (prometheus, wishes) = made.context("--prometheus-url")?;
+            let client = prometheus::Client::new(asked)?;
+            let (learner, metrics) = (Arc::clone(&learner), Arc::clone(&metrics));
+            let (prometheus, wishes) = Prometheus::new(client, learner, metrics);
             (Some(prometheus), wishes)
         }
     };

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Parser;
 use fenceline_e2e::app::Protocol;
+use fenceline_e2e::cost::Cost;
 use fenceline_e2e::tools::checkout;
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec, forward, isolate, lab};
@@ -86,17 +87,6 @@ fn outside(folder: &Path) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// What one workload's proxy costs.
-#[derive(Clone, Copy, Debug, Default)]
-struct Cost {
-    /// Bytes that Envoy has allocated.
-    memory: f64,
-    /// Bytes of its whole configuration, as its admin interface prints it.
-    config: f64,
-    /// Services of the mesh that it has clusters for.
-    services: usize,
-}
-
 #[derive(Clone, Debug, Default)]
 struct Row {
     workload: &'static str,
@@ -142,7 +132,7 @@ async fn inside(lab: &mut Lab, args: &Args, folder: &Path) -> anyhow::Result<boo
     let mesh = args.services;
     eventually(PATIENCE, "every proxy has the whole mesh", async || {
         for row in &mut rows {
-            row.before = cost(lab, row.workload).await?;
+            row.before = lab.cost((NAMESPACE, row.workload)).await?;
             anyhow::ensure!(row.before.services >= mesh, "{row:?}");
         }
         Ok(())
@@ -168,7 +158,7 @@ async fn inside(lab: &mut Lab, args: &Args, folder: &Path) -> anyhow::Result<boo
         traffic(lab, &mut rows, from, to, &progress).await?;
     }
     for row in &mut rows {
-        row.after = cost(lab, row.workload).await?;
+        row.after = lab.cost((NAMESPACE, row.workload)).await?;
     }
     let held = table(&mut rows, lab).await?;
     if args.keep {
@@ -191,26 +181,6 @@ async fn bookinfo(lab: &mut Lab) -> anyhow::Result<()> {
         lab.pod(pod).await?;
     }
     Ok(())
-}
-
-async fn cost(lab: &Lab, workload: &str) -> anyhow::Result<Cost> {
-    let pod = lab.running(NAMESPACE, workload)?;
-    let memory: serde_json::Value = serde_json::from_str(&pod.envoy("/memory").await?)?;
-    let allocated = memory["allocated"].as_str().context("Envoy's memory")?;
-    let config = pod.envoy("/config_dump?include_eds").await?;
-    let clusters = pod.envoy("/clusters").await?;
-    let hosts = clusters.lines().filter_map(|line| {
-        let name = line.strip_prefix("outbound|")?.split("::").next()?;
-        name.rsplit('|').next()
-    });
-    let hosts: std::collections::BTreeSet<&str> = hosts.collect();
-    #[expect(clippy::cast_precision_loss, reason = "shown in megabytes")]
-    let config = config.len() as f64;
-    Ok(Cost {
-        memory: allocated.parse()?,
-        config,
-        services: hosts.len(),
-    })
 }
 
 /// One edge of the graph: its first call, and twenty that follow.

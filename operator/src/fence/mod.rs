@@ -335,7 +335,6 @@ fn is_too_early(key: &Key, world: &World, context: &Context) -> bool {
     fence.spec.mode == Mode::Enforce
         && fence.spec.believes(Evidence::Prometheus)
         && age < HISTORY_WAIT
-        && !prometheus.fails()
         && !prometheus.knows(fence)
 }
 

@@ -127,19 +127,19 @@ impl Retention {
     async fn past(&self, namespace: &str, time: Duration) -> Option<Past> {
         let past = async {
             let mut past = Past::default();
-            for (workload, host) in self.prometheus.edges_of(namespace, time).await? {
+            for (workload, host) in self.prometheus.client().edges_of(namespace, time).await? {
                 past.calls.entry(workload).or_default().insert(host);
             }
             for (index, share) in SEEN_AT.into_iter().enumerate() {
                 let at = time.mul_f64(share);
-                let seen = self.prometheus.callers_at(namespace, at).await?;
+                let seen = self.prometheus.client().callers_at(namespace, at).await?;
                 past.seen = if index == 0 {
                     seen
                 } else {
                     past.seen.intersection(&seen).cloned().collect()
                 };
             }
-            Ok::<_, prometheus_http_query::Error>(past)
+            Ok::<_, prometheus::Error>(past)
         };
         match past.await {
             Ok(past) => Some(past),

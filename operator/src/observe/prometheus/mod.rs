@@ -5,126 +5,23 @@
 //! Asked namespace by namespace, so that no answer gets huge. What it does not say takes nothing away: only
 //! [`crate::fence::retain`] does, after a question of its own.
 
+mod client;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use fenceline_crds::{Evidence, ServiceFence};
 use kube::ResourceExt;
-use prometheus_http_query::Client;
-use reqwest::header::{AUTHORIZATION, HeaderValue};
 use tokio::sync::{mpsc, watch};
 
+pub use client::{Client, Error, Settings};
+
 use super::resolve::resolve;
-use crate::args::PrometheusArgs;
 use crate::fence::learn::Learner;
 use crate::fence::select;
 use crate::metrics::Metrics;
 use crate::world::{Key, World};
-
-/// How Prometheus is asked.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    pub url: String,
-    /// Queries with `$namespace` and `$window` in them; their results have the labels [`WORKLOAD`] and [`SERVICE`].
-    pub queries: Vec<String>,
-    /// A query with `$namespace` and `$ago` in it, for the workloads that had counters then.
-    pub callers: String,
-    /// How often each namespace is asked about.
-    pub interval: Duration,
-    /// How far each question looks back; longer than the interval, so that an answer may be missed.
-    pub window: Duration,
-    /// How far the first question about a namespace looks back.
-    pub history: Duration,
-    pub timeout: Duration,
-}
-
-impl Settings {
-    /// What the flags say; nothing without an URL.
-    pub fn of(args: &PrometheusArgs) -> Option<Self> {
-        let queries = if args.prometheus_query.is_empty() {
-            vec![query(REQUESTS), query(CONNECTIONS)]
-        } else {
-            args.prometheus_query.clone()
-        };
-        Some(Self {
-            url: args.prometheus_url.clone()?,
-            queries,
-            callers: args
-                .prometheus_callers_query
-                .clone()
-                .unwrap_or_else(callers),
-            interval: args.prometheus_interval,
-            window: args.prometheus_window.max(args.prometheus_interval),
-            history: args.prometheus_history,
-            timeout: args.prometheus_timeout,
-        })
-    }
-}
-
-/// A client with what the flags say of tokens and certificates.
-///
-/// # Errors
-/// Fails when a file cannot be read, or is not what it should be.
-pub fn client(args: &PrometheusArgs) -> anyhow::Result<reqwest::Client> {
-    let read = |path: &Path| {
-        let name = path.display().to_string();
-        std::fs::read(path).context(name)
-    };
-    let mut builder = reqwest::Client::builder().connect_timeout(args.prometheus_timeout);
-    if let Some(path) = &args.prometheus_token_file {
-        let token = String::from_utf8(read(path)?).context("--prometheus-token-file")?;
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim()))
-            .context("--prometheus-token-file")?;
-        value.set_sensitive(true);
-        builder = builder.default_headers([(AUTHORIZATION, value)].into_iter().collect());
-    }
-    if let Some(path) = &args.prometheus_ca_file {
-        let trusted = reqwest::Certificate::from_pem_bundle(&read(path)?);
-        let trusted = trusted.context("--prometheus-ca-file")?;
-        builder = builder.tls_certs_merge(trusted);
-    }
-    if let Some(path) = &args.prometheus_identity_file {
-        let identity = reqwest::Identity::from_pem(&read(path)?);
-        builder = builder.identity(identity.context("--prometheus-identity-file")?);
-    }
-    builder.build().context("Prometheus")
-}
-
-/// The label of a result that names the caller: the Deployment, StatefulSet, Job or CronJob, as Istio does.
-pub const WORKLOAD: &str = "source_workload";
-/// The label that names the host.
-pub const SERVICE: &str = "destination_service";
-
-/// Istio's counters, by the callers' proxies. A series that is new counts from its first sample, which `increase` does not see.
-/// <https://istio.io/latest/docs/reference/config/metrics/>
-pub const REQUESTS: &str = "istio_requests_total";
-pub const CONNECTIONS: &str = "istio_tcp_connections_opened_total";
-
-/// The query for a counter of Istio's.
-pub fn query(counter: &str) -> String {
-    let series =
-        format!(r#"{counter}{{reporter="source",source_workload_namespace="$namespace"}}"#);
-    format!(
-        "sum by ({WORKLOAD}, {SERVICE}) (increase({series}[$window])) > 0 or \
-         sum by ({WORKLOAD}, {SERVICE}) (last_over_time({series}[$window]) unless last_over_time({series}[$window] offset $window)) > 0"
-    )
-}
-
-/// The query for the workloads that had any counter of Istio's some time ago.
-pub fn callers() -> String {
-    let matchers = r#"reporter="source",source_workload_namespace="$namespace""#;
-    format!(
-        r#"count by ({WORKLOAD}) ({{__name__=~"{REQUESTS}|{CONNECTIONS}",{matchers}}} offset $ago)"#
-    )
-}
-
-/// A length of time as PromQL writes it.
-pub fn promql(time: Duration) -> String {
-    format!("{}ms", time.as_millis())
-}
 
 /// How Prometheus is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,7 +52,7 @@ impl Health {
             Self::Empty => "Prometheus answers, and knows no requests of any fenced workload: does it scrape the proxies, with Istio's \
                             standard metrics? Nothing is forgotten"
                 .to_owned(),
-            Self::Failing(why) => format!("Prometheus does not answer: {why}. Nothing is forgotten"),
+            Self::Failing(why) => format!("Prometheus tells nothing: {why}. Nothing is forgotten"),
         }
     }
 }
@@ -163,7 +60,6 @@ impl Health {
 /// Asks Prometheus.
 pub struct Prometheus {
     client: Client,
-    settings: Settings,
     learner: Arc<Learner>,
     metrics: Arc<Metrics>,
     asked: Mutex<Asked>,
@@ -198,36 +94,32 @@ pub type Edge = (String, String);
 
 impl Prometheus {
     pub fn new(
-        client: reqwest::Client,
-        settings: Settings,
+        client: Client,
         learner: Arc<Learner>,
         metrics: Arc<Metrics>,
-    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<String>), prometheus_http_query::Error> {
-        let client = Client::from(client, &settings.url)?;
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<String>) {
         let (wanted, wishes) = mpsc::unbounded_channel();
         let this = Self {
             client,
-            settings,
             learner,
             metrics,
             asked: Mutex::default(),
             wanted,
             health: watch::channel(Health::Unknown).0,
         };
-        Ok((Arc::new(this), wishes))
+        (Arc::new(this), wishes)
+    }
+
+    pub fn client(&self) -> &Client {
+        &self.client
     }
 
     pub fn interval(&self) -> Duration {
-        self.settings.interval
+        self.client.settings().interval
     }
 
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.subscribe()
-    }
-
-    /// Whether it does not answer.
-    pub fn fails(&self) -> bool {
-        matches!(*self.health.borrow(), Health::Failing(_))
     }
 
     fn asked(&self) -> std::sync::MutexGuard<'_, Asked> {
@@ -258,7 +150,7 @@ impl Prometheus {
     pub fn sees(&self, world: &World, fence: &Key) -> bool {
         let workloads = workloads_of(world, fence);
         let asked = self.asked();
-        let fresh = self.settings.interval * 3;
+        let fresh = self.client.settings().interval * 3;
         let seen = |workload: &String| {
             let key = Key::new(fence.namespace.clone(), workload.clone());
             asked
@@ -275,7 +167,7 @@ impl Prometheus {
         world: watch::Receiver<Arc<World>>,
         wishes: &mut mpsc::UnboundedReceiver<String>,
     ) {
-        let mut tick = tokio::time::interval(self.settings.interval);
+        let mut tick = tokio::time::interval(self.client.settings().interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -310,18 +202,14 @@ impl Prometheus {
     }
 
     /// Asks about one namespace and learns from the answer; says how many edges it has.
-    async fn ask(
-        &self,
-        world: &World,
-        namespace: &str,
-    ) -> Result<usize, prometheus_http_query::Error> {
+    async fn ask(&self, world: &World, namespace: &str) -> Result<usize, Error> {
         let unknown = self.unknown(world, namespace);
         let window = if unknown.is_empty() {
-            self.settings.window
+            self.client.settings().window
         } else {
-            self.settings.history
+            self.client.settings().history
         };
-        let edges = self.edges_of(namespace, window).await?;
+        let edges = self.client.edges_of(namespace, window).await?;
         let received = Instant::now();
         let callers = edges
             .iter()
@@ -333,7 +221,7 @@ impl Prometheus {
         }
         if !unknown.is_empty() {
             // Known is what the status has: a scope is planned from nothing else.
-            let stored = tokio::time::timeout(self.settings.timeout, self.learner.flush());
+            let stored = tokio::time::timeout(self.client.settings().timeout, self.learner.flush());
             if stored.await.is_ok() {
                 self.asked().fences.extend(unknown);
             }
@@ -341,55 +229,7 @@ impl Prometheus {
         Ok(edges.len())
     }
 
-    /// The edges of a namespace's workloads over the last `window`.
-    ///
-    /// # Errors
-    /// Fails when Prometheus does not answer, or refuses a query.
-    pub async fn edges_of(
-        &self,
-        namespace: &str,
-        window: Duration,
-    ) -> Result<BTreeSet<Edge>, prometheus_http_query::Error> {
-        let mut edges = BTreeSet::new();
-        for query in &self.settings.queries {
-            let query = query
-                .replace("$namespace", namespace)
-                .replace("$window", &promql(window));
-            edges.extend(self.edges(&query).await?);
-        }
-        Ok(edges)
-    }
-
-    /// The workloads of a namespace that were seen to call anything so long ago.
-    ///
-    /// # Errors
-    /// Fails when Prometheus does not answer, or refuses the query.
-    pub async fn callers_at(
-        &self,
-        namespace: &str,
-        ago: Duration,
-    ) -> Result<BTreeSet<String>, prometheus_http_query::Error> {
-        let query = self
-            .settings
-            .callers
-            .replace("$namespace", namespace)
-            .replace("$ago", &promql(ago));
-        let edges = self.edges(&query).await?;
-        Ok(edges.into_iter().map(|(workload, _)| workload).collect())
-    }
-
-    async fn edges(&self, query: &str) -> Result<BTreeSet<Edge>, prometheus_http_query::Error> {
-        let timeout = i64::try_from(self.settings.timeout.as_millis()).unwrap_or(i64::MAX);
-        let answer = self.client.query(query).timeout(timeout).get().await?;
-        let vector = answer.data().as_vector().into_iter().flatten();
-        let edge = |labels: &HashMap<String, String>| {
-            let service = labels.get(SERVICE).cloned().unwrap_or_default();
-            Some((labels.get(WORKLOAD)?.clone(), service))
-        };
-        Ok(vector.filter_map(|one| edge(one.metric())).collect())
-    }
-
-    fn say(&self, results: &[Result<usize, prometheus_http_query::Error>]) {
+    fn say(&self, results: &[Result<usize, Error>]) {
         let failed = results.iter().find_map(|result| result.as_ref().err());
         let edges: usize = results.iter().flatten().sum();
         let health = match failed {
