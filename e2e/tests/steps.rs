@@ -115,11 +115,7 @@ fn a_fence_that_begins_and_ends() {
         services(lab, &["plain"]).await?;
         let all = calls(lab, "plain").await?;
         let lab = &*lab;
-        for number in 0..HOSTS {
-            let authority = format!("plain-{number}:80");
-            lab.until_direct(CLIENT, Protocol::Http1, &authority)
-                .await?;
-        }
+        everything_direct(lab).await?;
         for round in 0..3 {
             let begin_and_end = async {
                 tokio::time::sleep(Duration::from_millis(500)).await;
@@ -141,5 +137,100 @@ fn a_fence_that_begins_and_ends() {
             counts?.none_failed(&format!("round {round}: begun, ended, begun, observed"))?;
         }
         Ok(())
+    });
+}
+
+const FORWARD: &str = "firstCall: {policy: Forward}";
+
+/// Calls by many at once while something happens, and whatever else happens within `time`.
+async fn through(
+    lab: &Lab,
+    calls: &[Call],
+    time: Duration,
+    what: &str,
+    happens: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    let (counts, ended) = tokio::join!(storm(lab, calls, time), happens);
+    ended?;
+    counts?.none_failed(what)
+}
+
+async fn everything_direct(lab: &Lab) -> anyhow::Result<()> {
+    for number in 0..HOSTS {
+        let authority = format!("plain-{number}:80");
+        lab.until_direct(CLIENT, Protocol::Http1, &authority)
+            .await?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_that_change_sides() {
+    fenceline_e2e::test(async |lab| {
+        services(lab, &["plain"]).await?;
+        lab.pod(PodSpec::new("shop", "green")).await?;
+        let all = calls(lab, "plain").await?;
+        let lab = &*lab;
+        everything_direct(lab).await?;
+        let pause = || tokio::time::sleep(Duration::from_secs(3));
+        let select = async |pods: &str| {
+            let spec = format!("{{\"spec\":{{\"selector\":{{\"app\":\"{pods}\"}}}}}}");
+            let patch = ["-n", "shop", "patch", "service", "client", "-p", &spec];
+            lab.kubectl(&patch).await.map(drop)
+        };
+        let happens = async {
+            lab.fence(CLIENT, &format!("{{{FORWARD}}}")).await?;
+            pause().await;
+            select("green").await?;
+            pause().await;
+            select("client").await?;
+            pause().await;
+            lab.until_reason(CLIENT, "Enforced").await?;
+            // Its pods run on without it.
+            lab.kubectl(&["-n", "shop", "delete", "service", "client"])
+                .await?;
+            lab.until_reason(CLIENT, "ServiceNotFound").await?;
+            pause().await;
+            let gone = lab.sidecar(CLIENT).await?.is_none();
+            anyhow::ensure!(gone, "its Sidecar is there");
+            Ok(())
+        };
+        let what = "other pods, these again, no Service";
+        through(lab, &all, Duration::from_secs(16), what, happens).await
+    });
+}
+
+#[test]
+fn one_pod_is_let_off_the_fence_of_its_namespace() {
+    fenceline_e2e::test(async |lab| {
+        services(lab, &["plain"]).await?;
+        let all = calls(lab, "plain").await?;
+        let lab = &*lab;
+        everything_direct(lab).await?;
+        let pause = || tokio::time::sleep(Duration::from_secs(3));
+        let delete = async |name: &str| {
+            let delete = ["-n", "shop", "delete", "servicefence", name];
+            lab.kubectl(&delete).await.map(drop)
+        };
+        let happens = async {
+            let whole = format!("{{workload: {{wholeNamespace: true}}, {FORWARD}}}");
+            lab.fence(("shop", "all"), &whole).await?;
+            pause().await;
+            lab.fence(CLIENT, "{mode: Observe}").await?;
+            let said = lab.until_reason(CLIENT, "Observing").await?;
+            anyhow::ensure!(said.contains("does not count for these pods"), "{said}");
+            pause().await;
+            let scope = lab.scope(CLIENT).await?;
+            anyhow::ensure!(scope == ["*/*"], "{scope:?}");
+            lab.fence(CLIENT, &format!("{{{FORWARD}}}")).await?;
+            pause().await;
+            delete("client").await?;
+            pause().await;
+            let gone = lab.sidecar(CLIENT).await?.is_none();
+            anyhow::ensure!(gone, "its Sidecar is there");
+            delete("all").await
+        };
+        let what = "the namespace, one observed, enforced, without its own";
+        through(lab, &all, Duration::from_secs(16), what, happens).await
     });
 }

@@ -13,6 +13,7 @@ use super::explain::Why;
 use super::redirect::redirect;
 use super::scope::scope;
 use super::select::{self, Labels, NoPods};
+use super::stage::EVERYTHING;
 use super::{Settings, owned};
 use crate::world::{Host, Key, World};
 
@@ -41,8 +42,9 @@ pub struct Plan {
 pub enum Verdict {
     /// Both objects are as given.
     Enforce(Box<Objects>),
-    /// Nothing of ours is there.
-    Observe,
+    /// Nothing of ours is there; but where the namespace has a fence of its own in force, a Sidecar that lets these pods
+    /// off it.
+    Observe(Option<Box<Sidecar>>),
     /// Nothing of ours is there, since it has no pods.
     NoPods(NoPods),
     /// Nothing of ours is there, since somebody else's Sidecar configures the same pods.
@@ -98,7 +100,23 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
             }
             match obstacle(fence, &labels, outside, world) {
                 Some(obstacle) => obstacle,
-                None if fence.spec.mode == Mode::Observe => Verdict::Observe,
+                None if fence.spec.mode == Mode::Observe => {
+                    let off = !labels.is_empty() && is_fenced(&namespace, world);
+                    let everything = || SidecarSpec {
+                        workload_selector: selector(labels),
+                        egress: vec![EgressListener {
+                            hosts: vec![EVERYTHING.to_owned()],
+                            ..EgressListener::default()
+                        }],
+                        ..SidecarSpec::default()
+                    };
+                    Verdict::Observe(off.then(|| {
+                        Box::new(Sidecar {
+                            metadata: metadata(fence, world),
+                            spec: everything(),
+                        })
+                    }))
+                }
                 None => Verdict::Enforce(Box::new(Objects {
                     redirect: redirect(fence, &labels, world, settings).map(|spec| EnvoyFilter {
                         metadata: metadata(fence, world),
@@ -122,6 +140,16 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
         called_since: called_since(fence),
         again_in: scoped.next_end.map(|end| end.duration_since(now)),
     }
+}
+
+/// Whether a fence for the whole namespace is to be in force.
+fn is_fenced(namespace: &str, world: &World) -> bool {
+    let mut fences = select::fences_in(world, namespace);
+    fences.any(|(_, fence)| {
+        let workload = fence.spec.workload.as_ref();
+        let whole = workload.is_some_and(|workload| workload.whole_namespace);
+        whole && fence.spec.mode == Mode::Enforce
+    })
 }
 
 /// The first answer of Prometheus about a fence is history.

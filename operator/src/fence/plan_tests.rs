@@ -202,6 +202,33 @@ fn a_virtual_service_of_another_namespace_comes_with_its_service() {
 }
 
 #[test]
+fn who_only_observes_is_let_off_the_fence_of_the_namespace() {
+    let mut mesh = world();
+    service(&mut mesh, "shop", "cart", "{}");
+    let cart = fence("shop", "cart", "{mode: Observe}");
+    let verdict = |mesh: &World| planned(&cart, mesh).verdict;
+    assert_eq!(verdict(&mesh), Verdict::Observe(None));
+    let whole = |mode: &str| {
+        fence(
+            "shop",
+            "all",
+            &format!("{{workload: {{wholeNamespace: true}}, mode: {mode}}}"),
+        )
+    };
+    mesh.fences
+        .insert(Key::new("shop", "all"), whole("Observe").into());
+    assert_eq!(verdict(&mesh), Verdict::Observe(None));
+    mesh.fences
+        .insert(Key::new("shop", "all"), whole("Enforce").into());
+    let Verdict::Observe(Some(sidecar)) = verdict(&mesh) else {
+        panic!("it has the namespace's");
+    };
+    assert_eq!(sidecar.spec.egress[0].hosts, ["*/*"]);
+    let selector = sidecar.spec.workload_selector.unwrap_or_default();
+    assert_eq!(selector.labels["app"], "cart");
+}
+
+#[test]
 fn no_pods_means_nothing_is_written() {
     let mut mesh = world();
     let cart = fence("shop", "cart", "{}");

@@ -33,12 +33,15 @@ pub(super) fn ready(plan: &Plan) -> Said {
             (false, "Rejected", text)
         }
         Verdict::Enforce(_) => (true, "Enforced", in_scope(plan.scope, "are")),
-        Verdict::Observe => {
+        Verdict::Observe(off) => {
             let mut text = format!(
                 "mode Observe: with Enforce, {}",
                 in_scope(plan.scope, "would be")
             );
             text.push_str(&first_calls(plan));
+            if off.is_some() {
+                text.push_str("; the namespace's fence does not count for these pods: they have the whole mesh in scope");
+            }
             (true, "Observing", text)
         }
         Verdict::NoPods(NoPods::ServiceNotFound(service)) => {
@@ -119,7 +122,7 @@ fn conflict(plan: &Plan) -> String {
                 outside.why()
             );
         }
-        Verdict::Enforce(_) | Verdict::Observe | Verdict::NoPods(_) => {
+        Verdict::Enforce(_) | Verdict::Observe(_) | Verdict::NoPods(_) => {
             return "no other Sidecar configures these pods".to_owned();
         }
     };

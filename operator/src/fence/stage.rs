@@ -48,12 +48,23 @@ pub fn next(mut target: Sidecar, stored: Option<&Sidecar>, arrived: &BTreeSet<St
         None => (BTreeSet::new(), BTreeSet::new()),
     };
     let kept: BTreeSet<String> = was_routed.intersection(&wanted).cloned().collect();
-    let (routed, staged) = if kept.is_empty() {
+    let everything = BTreeSet::from([EVERYTHING.to_owned()]);
+    let all_clusters = || was_staged.contains(EVERYTHING) && arrived.contains(EVERYTHING);
+    let (routed, staged) = if wanted == everything && kept.is_empty() && !was_routed.is_empty() {
+        // From few hosts to all: every cluster there is, and then the routes.
+        if all_clusters() {
+            (wanted, BTreeSet::new())
+        } else {
+            (was_routed, everything)
+        }
+    } else if wanted == everything {
+        (wanted, BTreeSet::new())
+    } else if kept.is_empty() {
         // A fence begins: what has clusters, which is everything, keeps them until no route leads there any more.
         let staged = if arrived.contains(EVERYTHING) {
             BTreeSet::new()
         } else {
-            BTreeSet::from([EVERYTHING.to_owned()])
+            everything
         };
         (wanted, staged)
     } else {
@@ -85,17 +96,32 @@ fn bound(sidecar: &Sidecar) -> Option<&str> {
     listeners.find_map(|listener| listener.other.get("bind")?.as_str())
 }
 
-/// The step before a Sidecar is taken away: every cluster there is, beside the routes it has.
-pub fn widened(stored: &Sidecar) -> Sidecar {
-    let mut wide = stored.clone();
-    let everything = [EVERYTHING.to_owned()].into();
-    set(
-        &mut wide.spec,
-        routed(&stored.spec),
-        everything,
-        Some(stored),
+/// The next step before a Sidecar is taken away, and none when it may go: every cluster there is, beside the routes it
+/// has; and where its pods will have the scope of their namespace (`ground`), the routes of that.
+pub fn farewell(
+    stored: &Sidecar,
+    ground: Option<&Sidecar>,
+    arrived: &BTreeSet<String>,
+) -> Option<Sidecar> {
+    let mut step = stored.clone();
+    let has = routed(&stored.spec);
+    let then = ground.map_or_else(
+        || BTreeSet::from([EVERYTHING.to_owned()]),
+        |ground| routed(&ground.spec),
     );
-    wide
+    if has == then {
+        return None;
+    }
+    let everything = BTreeSet::from([EVERYTHING.to_owned()]);
+    if !arrived.contains(EVERYTHING) {
+        if !staged(&stored.spec).contains(EVERYTHING) {
+            set(&mut step.spec, has, everything, Some(stored));
+        }
+        return Some(step);
+    }
+    ground?;
+    set(&mut step.spec, then, everything, Some(stored));
+    Some(step)
 }
 
 fn set(
@@ -228,7 +254,36 @@ mod tests {
         assert_eq!(shown(&more), "a p | */* b");
         let settled = next(sidecar(&["p", "a"]), Some(&begun), &set_of(&[EVERYTHING]));
         assert_eq!(settled, sidecar(&["a", "p"]));
-        assert_eq!(shown(&widened(&settled)), "a p | */*");
+        let last = farewell(&settled, None, &BTreeSet::new()).unwrap();
+        assert_eq!(shown(&last), "a p | */*");
+        let everything = set_of(&[EVERYTHING]);
+        assert_eq!(farewell(&last, None, &everything), None);
+    }
+
+    #[test]
+    fn in_a_namespace_with_a_fence_of_its_own() {
+        let (nothing, everything) = (BTreeSet::new(), set_of(&[EVERYTHING]));
+        let ground = sidecar(&["p", "n"]);
+        // Its pods had the namespace's scope, and go back to it.
+        let begun = next(sidecar(&["p", "a"]), Some(&ground), &nothing);
+        assert_eq!(shown(&begun), "p | a n");
+        let settled = next(sidecar(&["p", "a"]), Some(&begun), &set_of(&["a", "n"]));
+        let first = farewell(&settled, Some(&ground), &nothing).unwrap();
+        assert_eq!(shown(&first), "a p | */*");
+        let second = farewell(&first, Some(&ground), &everything).unwrap();
+        assert_eq!(shown(&second), "n p | */*");
+        assert_eq!(farewell(&second, Some(&ground), &everything), None);
+        // To be let off is to get everything, clusters first.
+        let all = || sidecar(&[EVERYTHING]);
+        let first = next(all(), Some(&ground), &nothing);
+        assert_eq!(shown(&first), "n p | */*");
+        let second = next(all(), Some(&first), &everything);
+        assert_eq!(shown(&second), "*/* | ");
+        assert_eq!(next(all(), Some(&second), &nothing), second);
+        assert_eq!(next(all(), None, &nothing), all());
+        let back = farewell(&second, Some(&ground), &everything).unwrap();
+        assert_eq!(shown(&back), "n p | */*");
+        assert_eq!(farewell(&second, None, &nothing), None);
     }
 
     proptest! {

@@ -11,7 +11,7 @@ use kube::api::ObjectMeta;
 
 use super::plan::{Objects, Verdict, object_key};
 use super::select::Labels;
-use super::stage::{self, EVERYTHING};
+use super::stage;
 use super::{Context, Error};
 use crate::apply::{self, Owned};
 use crate::status::is_newer;
@@ -75,19 +75,18 @@ pub(super) async fn carry_out(
 ) -> Result<Progress, Error> {
     match verdict {
         Verdict::Enforce(objects) => enforce(fence, objects, world, context).await,
-        Verdict::Observe => {
-            retire(fence, world, context).await?;
-            Ok(Progress::Done)
+        Verdict::Observe(Some(sidecar)) => {
+            let redirect = None;
+            let sidecar = sidecar.as_ref().clone();
+            enforce(fence, &Objects { redirect, sidecar }, world, context).await
         }
-        // A narrow scope without its redirect, or beside somebody else's, would break calls.
-        Verdict::NoPods(_)
+        Verdict::Observe(None)
+        | Verdict::NoPods(_)
         | Verdict::Conflicted(_)
         | Verdict::Overlapped(_)
         | Verdict::NotInMesh(_)
         | Verdict::NameTaken(..) => {
-            let object = object_key(fence);
-            let sidecar = context.recent.newest(world, &object);
-            remove(fence, sidecar.as_deref(), world, context).await?;
+            retire(fence, world, context).await?;
             Ok(Progress::Done)
         }
     }
@@ -100,14 +99,23 @@ async fn enforce(
     context: &Context,
 ) -> Result<Progress, Error> {
     let object = object_key(fence);
+    let stored = context.recent.newest(world, &object);
+    let labels = labels(&objects.sidecar);
+    if stored
+        .as_ref()
+        .is_some_and(|stored| is_of(stored, fence) && self::labels(stored) != labels)
+    {
+        // Other pods: those that were fenced get back what they had, and then the others begin.
+        retire(fence, world, context).await?;
+        return Ok(Progress::LookAgain);
+    }
     let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
     if let Some(want) = &objects.redirect {
         context.writer.ensure::<EnvoyFilter>(want, redirect).await?;
     }
-    let stored = context.recent.newest(world, &object);
-    let labels = labels(&objects.sidecar);
     let arrived = context.arrivals.arrived(fence, &labels, world);
-    let step = stage::next(objects.sidecar.clone(), stored.as_deref(), &arrived);
+    let before = stored.as_deref().or_else(|| ground(fence, &labels, world));
+    let step = stage::next(objects.sidecar.clone(), before, &arrived);
     if !context.arrivals.is_under_way(fence, stored.as_deref()) {
         take_step(fence, &step, stored.as_deref(), world, context).await?;
     }
@@ -119,6 +127,24 @@ async fn enforce(
     } else {
         Progress::LookAgain
     })
+}
+
+fn is_of(sidecar: &Sidecar, fence: &Key) -> bool {
+    fence_of(sidecar).as_ref() == Some(fence)
+}
+
+/// What pods with these labels have where this fence has no Sidecar: that of their whole namespace, if there is one.
+fn ground<'a>(fence: &Key, labels: &Labels, world: &'a World) -> Option<&'a Sidecar> {
+    if labels.is_empty() {
+        return None;
+    }
+    let of_namespace = world
+        .sidecars
+        .range(Key::new(&*fence.namespace, "")..)
+        .take_while(|(key, _)| key.namespace == fence.namespace);
+    of_namespace
+        .map(|(_, sidecar)| sidecar.as_ref())
+        .find(|sidecar| self::labels(sidecar).is_empty())
 }
 
 fn labels(sidecar: &Sidecar) -> Labels {
@@ -153,24 +179,19 @@ async fn take_step(
     Ok(())
 }
 
-/// Takes a fence's objects away in steps: the whole mesh's clusters first, then the Sidecar, then the redirect.
+/// Takes a fence's objects away in steps ([`stage::farewell`]): at last the Sidecar, then the redirect.
 async fn retire(fence: &Key, world: &World, context: &Context) -> Result<(), Error> {
     let object = object_key(fence);
     let stored = context.recent.newest(world, &object);
-    let stored = stored.filter(|stored| fence_of(stored.as_ref()).as_ref() == Some(fence));
+    let stored = stored.filter(|stored| is_of(stored, fence));
     if let Some(stored) = &stored {
+        if context.arrivals.is_under_way(fence, Some(stored)) {
+            return Ok(());
+        }
         let labels = labels(stored);
         let arrived = context.arrivals.arrived(fence, &labels, world);
-        if !arrived.contains(EVERYTHING) {
-            if context.arrivals.is_under_way(fence, Some(stored)) {
-                return Ok(());
-            }
-            let wide = stage::staged(&stored.spec).contains(EVERYTHING);
-            let mut step = if wide {
-                stored.as_ref().clone()
-            } else {
-                stage::widened(stored)
-            };
+        let ground = ground(fence, &labels, world);
+        if let Some(mut step) = stage::farewell(stored, ground, &arrived) {
             step.metadata = ours_again(&step.metadata);
             return take_step(fence, &step, Some(stored), world, context).await;
         }

@@ -229,8 +229,13 @@ impl Maker<'_> {
             .filter(|index| stands_for(*index))
             .map(|index| {
                 let (key, facts) = all[index];
-                let said = labelled(&facts.labels);
-                let mode = said.unwrap_or(if whole { None } else { self.mode });
+                let mode = match labelled(&facts.labels) {
+                    // Without a fence of its own it would have the namespace's.
+                    Some(None) if whole => self.mode.map(|_| Mode::Observe),
+                    Some(said) => said,
+                    None if whole => None,
+                    None => self.mode,
+                };
                 (key.name.clone(), (&facts.selector, mode))
             })
             .collect()

@@ -200,6 +200,7 @@ fn a_whole_namespace() {
     let mut mesh = world();
     service(&mut mesh, "shop", "cart", "{}");
     labelled_service(&mut mesh, "shop", "special", "observe");
+    labelled_service(&mut mesh, "shop", "without", "off");
     policy(
         &mut mesh,
         "every",
@@ -213,7 +214,9 @@ fn a_whole_namespace() {
         [
             "bank/namespace=Enforce",
             "shop/namespace=Enforce",
-            "shop/special=Observe"
+            "shop/special=Observe",
+            // It would have the namespace's otherwise.
+            "shop/without=Observe"
         ]
     );
     let fence = &wanted.fences[&Key::new("shop", "namespace")];

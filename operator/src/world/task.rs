@@ -203,6 +203,22 @@ impl WorldTask {
             }
             Change::Fence(key, object) => {
                 concerned.fences.insert(key.clone());
+                // One for the whole namespace makes the others write something else.
+                let whole = |fence: &ServiceFence| {
+                    let workload = fence.spec.workload.as_ref();
+                    workload.is_some_and(|workload| workload.whole_namespace)
+                };
+                let old = self.world.fences.get(&key).map(AsRef::as_ref);
+                if let Some(fence) = [old, object.as_deref()]
+                    .into_iter()
+                    .flatten()
+                    .find(|fence| whole(fence))
+                    && old.map(|old| &old.spec) != object.as_deref().map(|new| &new.spec)
+                {
+                    concerned
+                        .namespaces
+                        .extend(fence.metadata.namespace.clone());
+                }
                 let event = match (&object, self.world.fences.get(&key)) {
                     (Some(fence), _) => Some(Event::Apply(fence.as_ref().clone())),
                     (None, Some(gone)) => Some(Event::Delete(gone.as_ref().clone())),
