@@ -44,6 +44,14 @@ fn rules_of_istio() -> Value {
             "istio_tcp_connections_opened_total",
             "envoy_cluster_upstream_cx_total",
         ),
+        rule(
+            "istio_tcp_sent_bytes_total",
+            "envoy_cluster_upstream_cx_tx_bytes_total",
+        ),
+        rule(
+            "istio_tcp_received_bytes_total",
+            "envoy_cluster_upstream_cx_rx_bytes_total",
+        ),
     ];
     json!({"groups": [{"name": "istio", "rules": rules}]})
 }

@@ -1,10 +1,10 @@
 //! Forgetting: a learnt host that was not called for a while goes, on positive evidence alone. The source that would have
 //! seen the calls must answer, must have seen the workload itself all that time, and must say that there were none.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fenceline_crds::{Evidence, LearntDependency, ServiceFence, ServiceFenceStatus};
 use jiff::{SignedDuration, Timestamp};
@@ -24,6 +24,9 @@ const FENCES: usize = 50;
 const SPREAD: f64 = 0.1;
 /// The points of that time, as shares of it, at which the workload must have been seen.
 const SEEN_AT: [f64; 4] = [1.0, 0.75, 0.5, 0.25];
+
+/// How long until the same is asked again, at most; else a fiftieth of the time that is asked about.
+const RARELY: Duration = Duration::from_secs(3600);
 
 /// What forgetting works with.
 pub struct Retention {
@@ -77,23 +80,44 @@ struct Past {
     seen: BTreeSet<String>,
 }
 
+/// A namespace, and how far back.
+type Question = (String, Duration);
+
+/// What was asked, and when: where nothing may be forgotten, the same questions need not be asked every minute.
+#[derive(Debug, Default)]
+struct Asked(HashMap<Question, Instant>);
+
+impl Asked {
+    /// Whether it is time for a question.
+    fn is_due(&mut self, question: &Question) -> bool {
+        let pause = |time: Duration| (time / 50).min(RARELY);
+        self.0.retain(|(_, time), at| at.elapsed() < pause(*time));
+        if self.0.contains_key(question) {
+            return false;
+        }
+        self.0.insert(question.clone(), Instant::now());
+        true
+    }
+}
+
 impl Retention {
     /// Forgets what is due, again and again, as long as it is polled: the leader's work.
     pub async fn run(&self, world: watch::Receiver<Arc<World>>) {
         let mut tick = tokio::time::interval(self.interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut asked = Asked::default();
         loop {
             tick.tick().await;
             if *self.prometheus.health().borrow() == prometheus::Health::Healthy {
                 let world = Arc::clone(&world.borrow());
-                self.round(&world).await;
+                self.round(&world, &mut asked).await;
             }
         }
     }
 
-    async fn round(&self, world: &World) {
+    async fn round(&self, world: &World, asked: &mut Asked) {
         let now = (self.clock)();
-        let mut pasts: BTreeMap<(String, Duration), Option<Past>> = BTreeMap::new();
+        let mut pasts: BTreeMap<Question, Option<Past>> = BTreeMap::new();
         let mut forgetful = 0;
         for (key, fence) in &world.fences {
             let due = candidates(fence, now);
@@ -106,7 +130,11 @@ impl Retention {
             };
             let of = (key.namespace.clone(), unused_for);
             if !pasts.contains_key(&of) {
-                let past = self.past(&key.namespace, unused_for).await;
+                let past = if asked.is_due(&of) {
+                    self.past(&key.namespace, unused_for).await
+                } else {
+                    None
+                };
                 pasts.insert(of.clone(), past);
             }
             let Some(Some(past)) = pasts.get(&of) else {
@@ -127,9 +155,6 @@ impl Retention {
     async fn past(&self, namespace: &str, time: Duration) -> Option<Past> {
         let past = async {
             let mut past = Past::default();
-            for (workload, host) in self.prometheus.client().edges_of(namespace, time).await? {
-                past.calls.entry(workload).or_default().insert(host);
-            }
             for (index, share) in SEEN_AT.into_iter().enumerate() {
                 let at = time.mul_f64(share);
                 let seen = self.prometheus.client().callers_at(namespace, at).await?;
@@ -138,6 +163,14 @@ impl Retention {
                 } else {
                     past.seen.intersection(&seen).cloned().collect()
                 };
+                if past.seen.is_empty() {
+                    // Nobody's past is known; what was called is much to ask.
+                    return Ok(past);
+                }
+            }
+            let used = self.prometheus.client().used_by(namespace, time).await?;
+            for (workload, host) in used {
+                past.calls.entry(workload).or_default().insert(host);
             }
             Ok::<_, prometheus::Error>(past)
         };
@@ -194,7 +227,16 @@ fn unused(world: &World, fence: &Key, due: &BTreeSet<String>, past: &Past) -> BT
         .flatten()
         .filter_map(|host| Some(resolve(world, &fence.namespace, host).ok()?.fqdn))
         .collect();
-    due.difference(&called).cloned().collect()
+    // Istio counts a request for the host that a route led it to.
+    let is_called = |host: &&String| {
+        let alias = world.alias_of(host).map(str::to_owned);
+        let mut behind = world.behind(host).chain(alias);
+        behind.any(|host| called.contains(&host))
+    };
+    due.iter()
+        .filter(|host| !is_called(host))
+        .cloned()
+        .collect()
 }
 
 /// The status without these hosts, but for those that were called a moment ago after all.
@@ -209,7 +251,7 @@ fn without(fence: &ServiceFence, unused: &BTreeSet<String>, now: Timestamp) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{fence, pod, service, world};
+    use crate::testing::{fence, pod, service, virtual_service, world};
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -269,6 +311,14 @@ mod tests {
         );
         past.seen.insert("cart".to_owned());
         assert_eq!(unused(&mesh, &key, &due, &past), [old.to_owned()].into());
+        // What is called is counted for the host that a route leads to.
+        let route = "{hosts: [old], http: [{route: [{destination: {host: ledger}}]}]}";
+        virtual_service(&mut mesh, "bank", "old", route);
+        assert!(
+            unused(&mesh, &key, &due, &past).is_empty(),
+            "called by way of a route"
+        );
+        mesh.set_virtual_service(&Key::new("bank", "old"), None);
         // Another workload of the fence was not seen.
         pod(&mut mesh, "shop", "cart", "10.1.0.1");
         let mut second = mesh.pods[&key].as_ref().clone();

@@ -214,10 +214,8 @@ fn named(
 /// What an ExternalName in the mesh stands for: istiod knows it as another name of that, and of nothing that is not in
 /// scope (pilot/pkg/model/sidecar.go, `matchingAliasService`).
 fn alias_target(world: &World, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
-    let service = world.service_named(fqdn);
-    let facts = service.and_then(|key| world.services.get(&key));
-    let target = facts.and_then(|facts| facts.alias_of.clone());
-    target.map_or_else(BTreeSet::new, |target| world.providers(namespace, &target))
+    let target = world.alias_of(fqdn);
+    target.map_or_else(BTreeSet::new, |target| world.providers(namespace, target))
 }
 
 /// The hosts that go with those that are `known`. An alias that means nothing becomes a remark.

@@ -134,11 +134,11 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
 
     let domain = cluster_domain.clone();
     watches.watch(&all, move |key, object: Option<HTTPRoute>| {
-        Change::route(key, object.map(|route| route.spec.other), &domain)
+        Change::route("http", key, object.map(|route| route.spec.other), &domain)
     });
     let domain = cluster_domain.clone();
     watches.watch(&all, move |key, object: Option<GRPCRoute>| {
-        Change::route(key, object.map(|route| route.spec.other), &domain)
+        Change::route("grpc", key, object.map(|route| route.spec.other), &domain)
     });
     let Key { namespace, name } = mesh_config;
     let named = all.clone().fields(&format!("metadata.name={name}"));

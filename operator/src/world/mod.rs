@@ -236,6 +236,12 @@ impl World {
         (!namespace.contains('.')).then(|| Key::new(namespace, name))
     }
 
+    /// What an ExternalName is another name for.
+    pub fn alias_of(&self, fqdn: &str) -> Option<&str> {
+        let service = self.services.get(&self.service_named(fqdn)?)?;
+        service.alias_of.as_deref()
+    }
+
     /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries call so; and
     /// what VirtualServices do. Those with wildcards make no host of their own.
     pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
@@ -248,22 +254,22 @@ impl World {
                 .get(key)
                 .is_some_and(|facts| facts.export_to.includes(namespace))
         });
-        let entries: Option<&OrdMap<Key, Arc<NamedHosts>>> =
-            service.is_none().then_some(&self.service_entries);
+        let visible = |of: &OrdMap<Key, Arc<NamedHosts>>, key: &Key| {
+            of.get(key)
+                .is_some_and(|hosts| hosts.export_to.includes(namespace))
+        };
+        let entries = self.entries.get(fqdn).into_iter().flatten();
+        let entries =
+            entries.filter(|key| service.is_none() && visible(&self.service_entries, key));
         // istiod takes VirtualServices by their own namespace, which need not be the Service's.
-        let named = entries.into_iter().flatten().chain(&self.virtual_services);
-        let mut providers: BTreeSet<Host> = named
-            .filter(|(_, hosts)| hosts.hosts.contains(fqdn) && hosts.export_to.includes(namespace))
-            .map(|(key, _)| host(key))
-            .chain(service.as_ref().map(host))
-            .collect();
+        let routes = self.routes.get(fqdn).into_iter().flatten();
+        let routes = routes.filter(|key| visible(&self.virtual_services, key));
+        let named = entries.chain(routes).map(host);
+        let mut providers: BTreeSet<Host> = named.chain(service.as_ref().map(host)).collect();
         if !providers.is_empty() {
             let wildcards = self.wildcard_routes(fqdn);
-            let visible = wildcards.filter(|key| {
-                let hosts = self.virtual_services.get(*key);
-                hosts.is_some_and(|hosts| hosts.export_to.includes(namespace))
-            });
-            providers.extend(visible.map(host));
+            let wildcards = wildcards.filter(|key| visible(&self.virtual_services, key));
+            providers.extend(wildcards.map(host));
         }
         providers
     }

@@ -71,18 +71,22 @@ impl World {
 
     /// What `find` finds of `fqdn` or of a host that it leads to.
     fn first_behind(&self, fqdn: &str, find: impl Fn(&str) -> Option<Key>) -> Option<Key> {
+        self.behind(fqdn).find_map(|host| find(&host))
+    }
+
+    /// A host, and every host that routes lead to from there.
+    pub fn behind(&self, fqdn: &str) -> impl Iterator<Item = String> {
         let mut seen = BTreeSet::new();
         let mut look_at = vec![fqdn.to_owned()];
-        while let Some(host) = look_at.pop() {
-            if !seen.insert(host.clone()) {
-                continue;
+        std::iter::from_fn(move || {
+            loop {
+                let host = look_at.pop()?;
+                if seen.insert(host.clone()) {
+                    look_at.extend(self.routed_to(&host));
+                    return Some(host);
+                }
             }
-            if let Some(policy) = find(&host) {
-                return Some(policy);
-            }
-            look_at.extend(self.routed_to(&host));
-        }
-        None
+        })
     }
 
     /// The hosts that a VirtualService speaks for: its own, and those of the ones that delegate to it.

@@ -48,10 +48,10 @@ pub(super) enum Change {
 }
 
 impl Change {
-    /// A route of the Gateway API. No VirtualService can have this name.
-    pub(super) fn route(key: Key, spec: Option<Other>, cluster_domain: &str) -> Self {
+    /// A route of the Gateway API of some kind. No VirtualService can have this name.
+    pub(super) fn route(kind: &str, key: Key, spec: Option<Other>, cluster_domain: &str) -> Self {
         let hosts = spec.map(|spec| NamedHosts::of_route(&key.namespace, &spec, cluster_domain));
-        let name = format!("route/{}", key.name);
+        let name = format!("{kind}/{}", key.name);
         Self::VirtualService(Key::new(key.namespace, name), hosts)
     }
 }
@@ -335,6 +335,13 @@ impl WorldTask {
         };
         let before = in_every_scope(old.map(AsRef::as_ref));
         concerned.all |= before != in_every_scope(facts.as_ref());
+        // Whoever calls an alias has in scope what it is another name for.
+        let alias = |facts: Option<&ServiceFacts>| facts.and_then(|facts| facts.alias_of.clone());
+        concerned.all |= alias(old.map(AsRef::as_ref)) != alias(facts.as_ref());
+        // MeshConfig may name it, in short or in full.
+        let first = |host: &String| host.split('.').next() == Some(&key.name);
+        concerned.all |=
+            old.is_some() != facts.is_some() && self.world.mesh_config.iter().any(first);
         concerned.namespaces.insert(key.namespace.clone());
         concerned.with_selectors = true;
         let ranges: Vec<_> = self.world.service_ranges().collect();

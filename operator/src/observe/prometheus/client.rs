@@ -21,6 +21,11 @@ const SERVICE: &str = "destination_service";
 /// <https://istio.io/latest/docs/reference/config/metrics/>
 const REQUESTS: &str = "istio_requests_total";
 const CONNECTIONS: &str = "istio_tcp_connections_opened_total";
+/// A connection may be in use for longer than anything is remembered.
+const BYTES: [&str; 2] = [
+    "istio_tcp_sent_bytes_total",
+    "istio_tcp_received_bytes_total",
+];
 
 /// How Prometheus is asked.
 #[derive(Clone, Debug)]
@@ -28,6 +33,8 @@ pub struct Settings {
     pub url: String,
     /// Queries with `$namespace` and `$window` in them; their results have the labels [`WORKLOAD`] and [`SERVICE`].
     pub queries: Vec<String>,
+    /// More of them, for what is in use without being called anew.
+    pub in_use: Vec<String>,
     /// A query with `$namespace` and `$ago` in it, for the workloads that had counters then.
     pub callers: String,
     /// How often each namespace is asked about.
@@ -52,6 +59,7 @@ impl Settings {
             args.prometheus_query.clone()
         };
         Some(Self {
+            in_use: BYTES.map(query).into(),
             url: args.prometheus_url.clone()?,
             queries,
             callers: args
@@ -111,6 +119,8 @@ pub enum Error {
     NoAnswer(String),
     #[error("it answers {status}: {said}")]
     Refused { status: StatusCode, said: String },
+    #[error("its answer is not whole: {0}")]
+    Partial(String),
     #[error("its answer is not that of Prometheus, but begins with {said:?}")]
     Strange {
         said: String,
@@ -123,6 +133,9 @@ pub enum Error {
 #[derive(Debug, Deserialize)]
 struct Answer {
     data: Data,
+    /// Of an answer that is not whole, as Thanos and Mimir give them when a store is away.
+    #[serde(default)]
+    warnings: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -133,6 +146,14 @@ struct Data {
 #[derive(Debug, Deserialize)]
 struct Series {
     metric: HashMap<String, String>,
+}
+
+/// What a question was answered with.
+#[derive(Debug, Default)]
+struct Answers {
+    edges: BTreeSet<Edge>,
+    /// Why it may not be all.
+    warning: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -237,14 +258,44 @@ impl Client {
         namespace: &str,
         window: Duration,
     ) -> Result<BTreeSet<Edge>, Error> {
-        let mut edges = BTreeSet::new();
-        for query in &self.settings.queries {
+        let queries = self.settings.queries.iter();
+        let answers = self.ask_each(queries, namespace, window).await?;
+        Ok(answers.edges)
+    }
+
+    /// The same, with connections that were only used; and not if the answer is not whole.
+    ///
+    /// # Errors
+    /// Fails when Prometheus does not answer with all it should have.
+    pub async fn used_by(
+        &self,
+        namespace: &str,
+        window: Duration,
+    ) -> Result<BTreeSet<Edge>, Error> {
+        let queries = self.settings.queries.iter().chain(&self.settings.in_use);
+        let answers = self.ask_each(queries, namespace, window).await?;
+        match answers.warning {
+            Some(warning) => Err(Error::Partial(warning)),
+            None => Ok(answers.edges),
+        }
+    }
+
+    async fn ask_each(
+        &self,
+        queries: impl Iterator<Item = &String>,
+        namespace: &str,
+        window: Duration,
+    ) -> Result<Answers, Error> {
+        let mut answers = Answers::default();
+        for query in queries {
             let query = query
                 .replace("$namespace", namespace)
                 .replace("$window", &promql(window));
-            edges.extend(self.edges(&query).await?);
+            let Answers { edges, warning } = self.ask(&query).await?;
+            answers.edges.extend(edges);
+            answers.warning = answers.warning.or(warning);
         }
-        Ok(edges)
+        Ok(answers)
     }
 
     /// The workloads of a namespace that were seen to call anything so long ago.
@@ -261,11 +312,12 @@ impl Client {
             .callers
             .replace("$namespace", namespace)
             .replace("$ago", &promql(ago));
-        let edges = self.edges(&query).await?;
-        Ok(edges.into_iter().map(|(workload, _)| workload).collect())
+        let answers = self.ask(&query).await?;
+        let workloads = answers.edges.into_iter().map(|(workload, _)| workload);
+        Ok(workloads.collect())
     }
 
-    async fn edges(&self, query: &str) -> Result<BTreeSet<Edge>, Error> {
+    async fn ask(&self, query: &str) -> Result<Answers, Error> {
         // How long Prometheus may think is not longer than we wait.
         let thinks = promql(self.settings.timeout);
         let asked = self
@@ -280,16 +332,23 @@ impl Client {
             let said = said.unwrap_or_else(|_| beginning(&body));
             return Err(Error::Refused { status, said });
         }
-        let Answer { data } = serde_json::from_slice(&body).map_err(|source| Error::Strange {
-            said: beginning(&body),
-            source,
-        })?;
+        let Answer { data, warnings } =
+            serde_json::from_slice(&body).map_err(|source| Error::Strange {
+                said: beginning(&body),
+                source,
+            })?;
         let edge = |mut labels: HashMap<String, String>| {
             let service = labels.remove(SERVICE).unwrap_or_default();
             Some((labels.remove(WORKLOAD)?, service))
         };
         let series = data.result.into_iter();
-        Ok(series.filter_map(|series| edge(series.metric)).collect())
+        Ok(Answers {
+            edges: series.filter_map(|series| edge(series.metric)).collect(),
+            // Remarks about the query itself came among the warnings for a while.
+            warning: warnings
+                .into_iter()
+                .find(|warning| !warning.starts_with("PromQL info")),
+        })
     }
 }
 
