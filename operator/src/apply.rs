@@ -43,6 +43,8 @@ pub enum Error {
     NotOurs { kind: &'static str, object: Key },
     #[error("{kind} {object} is gone")]
     Gone { kind: &'static str, object: Key },
+    #[error("{kind} {object} was changed by somebody else meanwhile")]
+    Changed { kind: &'static str, object: Key },
 }
 
 /// A kind that Fenceline writes whole: objects with a spec.
@@ -198,22 +200,24 @@ impl Writer {
     /// Deletes an object of ours, exactly the one that the watch saw.
     ///
     /// # Errors
-    /// Fails when the API refuses; an object that is already gone is a success.
+    /// Fails when the API refuses, and when somebody changed it since; an object that is already gone is a success.
     pub async fn remove<K: Owned>(&self, have: &K) -> Result<(), Error> {
         let object = Key::new(have.namespace().unwrap_or_default(), have.name_any());
         let params = DeleteParams {
             preconditions: Some(Preconditions {
                 uid: have.uid(),
-                resource_version: None,
+                resource_version: have.resource_version(),
             }),
             ..DeleteParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
         self.budget.wait().await;
         match within(api.delete(&object.name, &params)).await {
-            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
-                Ok(())
-            }
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            Err(kube::Error::Api(status)) if status.is_conflict() => Err(Error::Changed {
+                kind: K::KIND,
+                object,
+            }),
             other => self.done(K::KIND, "delete", &object, other).map(drop),
         }
     }

@@ -93,15 +93,14 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     );
     let mut learning = tokio::spawn(Arc::clone(&learner).run());
 
-    let (prometheus, mut wishes) = match prometheus::Settings::of(&prometheus) {
-        None => (None, mpsc::unbounded_channel().1),
+    let prometheus = match prometheus::Settings::of(&prometheus) {
+        None => None,
         Some(asked) => {
             // Fails where somebody did so already.
             let _ = rustls::crypto::ring::default_provider().install_default();
             let client = prometheus::Client::new(asked)?;
             let (learner, metrics) = (Arc::clone(&learner), Arc::clone(&metrics));
-            let (prometheus, wishes) = Prometheus::new(client, learner, metrics);
-            (Some(prometheus), wishes)
+            Some(Prometheus::new(client, learner, metrics))
         }
     };
 
@@ -214,7 +213,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = global_proxy_health::run(world.clone(), Arc::clone(&context.status), settings.clone()) => {}
                 () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
                 () = policy::run(world.clone(), &policies) => {}
-                () = ask(prometheus.as_deref(), &world, &mut wishes) => {}
+                () = ask(prometheus.as_deref(), &world) => {}
                 () = forget(retention.as_ref(), &world) => {}
             }
             metrics.leader.set(0);
@@ -306,13 +305,9 @@ fn start_logging(format: LogFormat, directives: &str) -> anyhow::Result<()> {
 }
 
 /// Asks Prometheus, where there is one.
-async fn ask(
-    prometheus: Option<&Prometheus>,
-    world: &watch::Receiver<Arc<World>>,
-    wishes: &mut mpsc::UnboundedReceiver<String>,
-) {
+async fn ask(prometheus: Option<&Prometheus>, world: &watch::Receiver<Arc<World>>) {
     match prometheus {
-        Some(prometheus) => prometheus.run(world.clone(), wishes).await,
+        Some(prometheus) => prometheus.run(world.clone()).await,
         None => std::future::pending().await,
     }
 }

@@ -26,7 +26,7 @@ use kube::api::ObjectMeta;
 use kube::runtime::controller::{Action, Config, ReconcileRequest, applier};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::apply::{self, FENCE_LABEL, MANAGED_BY, MANAGER, Writer};
@@ -46,14 +46,18 @@ use crate::world::{Host, Key, World};
 const RESYNC: Duration = Duration::from_secs(600);
 /// An EnvoyFilter of somebody else's is not watched, so whether it is gone is asked this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// How long a new fence waits for what Prometheus knows of its workload, and how often it looks.
+/// How long a new fence waits for what Prometheus knows of its workload; how long if many wait, and get their answers
+/// one after the other; and how often it looks.
 const HISTORY_WAIT: SignedDuration = SignedDuration::from_secs(15);
+const LONGEST_HISTORY_WAIT: SignedDuration = SignedDuration::from_mins(10);
 const HISTORY_LOOK: Duration = Duration::from_millis(100);
 /// By then the watch shows what was written.
 const SEEN_BY_NOW: Duration = Duration::from_secs(3);
 /// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// How long what a former fence left waits for its next attempt.
+const PRUNE_AGAIN: Duration = Duration::from_secs(2);
 /// How many fences are worked on side by side.
 const CONCURRENCY: u16 = 32;
 
@@ -160,8 +164,9 @@ pub async fn run(
         ..Concerned::default()
     };
     enqueue(&context, &everything, &queue);
+    let gone = Notify::new();
+    gone.notify_one();
     let feed = async {
-        prune(&context).await;
         loop {
             let concerned = tokio::select! {
                 concerned = concerned.recv() => concerned,
@@ -172,12 +177,21 @@ pub async fn run(
             };
             let Some(concerned) = concerned else { return };
             if enqueue(&context, &concerned, &queue) == Fences::Gone || concerned.all {
-                prune(&context).await;
+                gone.notify_one();
+            }
+        }
+    };
+    let pruning = async {
+        loop {
+            gone.notified().await;
+            if !prune(&context).await {
+                tokio::time::sleep(PRUNE_AGAIN).await;
+                gone.notify_one();
             }
         }
     };
     let work = reconciliations(&context, fences, requests);
-    tokio::join!(feed, work.for_each(|()| std::future::ready(())));
+    tokio::join!(feed, pruning, work.for_each(|()| std::future::ready(())));
 }
 
 fn reconciliations(
@@ -334,7 +348,7 @@ fn is_too_early(key: &Key, world: &World, context: &Context) -> bool {
     });
     fence.spec.mode == Mode::Enforce
         && fence.spec.believes(Evidence::Prometheus)
-        && age < HISTORY_WAIT
+        && (age < HISTORY_WAIT || (age < LONGEST_HISTORY_WAIT && prometheus.gets_on()))
         && !prometheus.knows(fence)
 }
 

@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
+use futures::StreamExt;
 use kube::api::ObjectMeta;
 
 use super::plan::{Objects, Verdict, object_key};
 use super::select::Labels;
 use super::stage;
-use super::{Context, Error};
+use super::{CONCURRENCY, Context, Error};
 use crate::apply::{self, Owned};
 use crate::status::is_newer;
 use crate::world::feed::fence_of;
@@ -237,8 +238,8 @@ async fn remove_own<K: Owned>(
     Ok(())
 }
 
-/// Takes away what belongs to fences that are gone. What fails is tried again with the next change, and by the next leader.
-pub(super) async fn prune(context: &Context) {
+/// Takes away what belongs to fences that are gone; says whether all of it went well so far.
+pub(super) async fn prune(context: &Context) -> bool {
     let world = Arc::clone(&context.world.borrow());
     let sidecars = world.sidecars.values();
     let redirects = world.envoy_filters.values();
@@ -247,13 +248,22 @@ pub(super) async fn prune(context: &Context) {
         .chain(redirects.filter_map(|object| fence_of(object.as_ref())))
         .filter(|fence| !world.fences.contains_key(fence))
         .collect();
-    for fence in orphans {
+    let retired = orphans.into_iter().map(|fence| async move {
+        // Others took their time.
+        let world = Arc::clone(&context.world.borrow());
+        if world.fences.contains_key(&fence) {
+            return true;
+        }
         match retire(&fence, &world, context).await {
-            Ok(()) | Err(Error::Apply(apply::Error::Gone { .. })) => {}
+            Ok(()) | Err(Error::Apply(apply::Error::Gone { .. })) => true,
             Err(error) => {
                 let error = crate::chain(&error);
                 tracing::warn!(%fence, error, "what a former fence left");
+                false
             }
         }
-    }
+    });
+    let retired = futures::stream::iter(retired).buffer_unordered(usize::from(CONCURRENCY));
+    let went: Vec<bool> = retired.collect().await;
+    went.into_iter().all(|well| well)
 }

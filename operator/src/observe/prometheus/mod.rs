@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fenceline_crds::{Evidence, ServiceFence};
+use futures::StreamExt;
 use kube::ResourceExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, watch};
 
 pub use client::{Client, Error, Settings};
 
@@ -57,13 +58,16 @@ impl Health {
     }
 }
 
+/// How many namespaces are asked about at once.
+const SIDE_BY_SIDE: usize = 8;
+
 /// Asks Prometheus.
 pub struct Prometheus {
     client: Client,
     learner: Arc<Learner>,
     metrics: Arc<Metrics>,
     asked: Mutex<Asked>,
-    wanted: mpsc::UnboundedSender<String>,
+    wake: Notify,
     health: watch::Sender<Health>,
 }
 
@@ -73,11 +77,17 @@ struct Asked {
     fences: HashSet<String>,
     /// Workloads that were seen to call anything, and when that was last said.
     callers: HashMap<Key, Instant>,
+    /// How long it takes to ask about every namespace.
+    round: Duration,
+    /// Namespaces with fences that wait for an answer, and when one of them last had it.
+    wanted: BTreeSet<String>,
+    answered: Option<Instant>,
 }
 
 impl Asked {
     /// Forgets the fences that are no more.
-    fn keep(&mut self, world: &World, namespaces: &BTreeSet<String>) {
+    fn keep(&mut self, world: &World, namespaces: &BTreeSet<String>, round: Duration) {
+        self.round = round;
         let there: HashSet<String> = world
             .fences
             .values()
@@ -93,21 +103,15 @@ impl Asked {
 pub type Edge = (String, String);
 
 impl Prometheus {
-    pub fn new(
-        client: Client,
-        learner: Arc<Learner>,
-        metrics: Arc<Metrics>,
-    ) -> (Arc<Self>, mpsc::UnboundedReceiver<String>) {
-        let (wanted, wishes) = mpsc::unbounded_channel();
-        let this = Self {
+    pub fn new(client: Client, learner: Arc<Learner>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
             client,
             learner,
             metrics,
             asked: Mutex::default(),
-            wanted,
+            wake: Notify::new(),
             health: watch::channel(Health::Unknown).0,
-        };
-        (Arc::new(this), wishes)
+        })
     }
 
     pub fn client(&self) -> &Client {
@@ -129,12 +133,20 @@ impl Prometheus {
     /// Whether a fence's status has what its workload called before; if not, that is asked for at once.
     pub fn knows(&self, fence: &ServiceFence) -> bool {
         let uid = fence.uid().unwrap_or_default();
-        let known = self.asked().fences.contains(&uid);
+        let mut asked = self.asked();
+        let known = asked.fences.contains(&uid);
         if !known {
-            // Nobody asks where no replica leads.
-            let _ = self.wanted.send(fence.namespace().unwrap_or_default());
+            asked.wanted.insert(fence.namespace().unwrap_or_default());
+            self.wake.notify_one();
         }
         known
+    }
+
+    /// Whether those who wait for an answer get theirs one after the other.
+    pub fn gets_on(&self) -> bool {
+        let asked = self.asked();
+        let lately = |at: Instant| at.elapsed() < self.client.settings().timeout;
+        !asked.wanted.is_empty() && asked.answered.is_some_and(lately)
     }
 
     /// The fences of a namespace, by uid, whose workloads' history is not known yet.
@@ -150,7 +162,7 @@ impl Prometheus {
     pub fn sees(&self, world: &World, fence: &Key) -> bool {
         let workloads = workloads_of(world, fence);
         let asked = self.asked();
-        let fresh = self.client.settings().interval * 3;
+        let fresh = (self.client.settings().interval + asked.round) * 3;
         let seen = |workload: &String| {
             let key = Key::new(fence.namespace.clone(), workload.clone());
             asked
@@ -162,42 +174,54 @@ impl Prometheus {
     }
 
     /// Asks again and again, as long as it is polled: the leader's work.
-    pub async fn run(
-        &self,
-        world: watch::Receiver<Arc<World>>,
-        wishes: &mut mpsc::UnboundedReceiver<String>,
-    ) {
-        let mut tick = tokio::time::interval(self.client.settings().interval);
+    pub async fn run(&self, world: watch::Receiver<Arc<World>>) {
+        tokio::join!(self.ask_when_wanted(&world), self.ask_regularly(&world));
+    }
+
+    async fn ask_when_wanted(&self, world: &watch::Receiver<Arc<World>>) {
+        loop {
+            self.wake.notified().await;
+            let now = Arc::clone(&world.borrow());
+            let wanted: Vec<String> = self.asked().wanted.iter().cloned().collect();
+            let results = wanted.into_iter().map(async |namespace| {
+                let result = self.ask(&now, &namespace).await;
+                let mut asked = self.asked();
+                asked.wanted.remove(&namespace);
+                if result.is_ok() {
+                    asked.answered = Some(Instant::now());
+                }
+                result
+            });
+            let results = futures::stream::iter(results).buffer_unordered(SIDE_BY_SIDE);
+            let results: Vec<_> = results.collect().await;
+            // Namespaces without traffic say nothing of Prometheus.
+            if results.iter().any(|result| !matches!(result, Ok(0))) {
+                self.say(&results);
+            }
+        }
+    }
+
+    async fn ask_regularly(&self, world: &watch::Receiver<Arc<World>>) {
+        let mut tick = tokio::time::interval(self.interval());
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                biased;
-                Some(namespace) = wishes.recv() => {
-                    let now = Arc::clone(&world.borrow());
-                    if !self.unknown(&now, &namespace).is_empty() {
-                        let result = self.ask(&now, &namespace).await;
-                        // One namespace without traffic says nothing of Prometheus.
-                        if !matches!(result, Ok(0)) {
-                            self.say(&[result]);
-                        }
-                    }
-                }
-                _ = tick.tick() => {
-                    let now = Arc::clone(&world.borrow());
-                    let namespaces: BTreeSet<String> =
-                        now.fences.keys().map(|key| key.namespace.clone()).collect();
-                    let mut results = Vec::new();
-                    for namespace in &namespaces {
-                        results.push(self.ask(&now, namespace).await);
-                        if results.last().is_some_and(Result::is_err) {
-                            // The others would wait as long.
-                            break;
-                        }
-                    }
-                    self.asked().keep(&now, &namespaces);
-                    self.say(&results);
+            tick.tick().await;
+            let started = Instant::now();
+            let now = Arc::clone(&world.borrow());
+            let namespaces: BTreeSet<String> =
+                now.fences.keys().map(|key| key.namespace.clone()).collect();
+            let asked = namespaces.iter().map(|namespace| self.ask(&now, namespace));
+            let mut asked = futures::stream::iter(asked).buffer_unordered(SIDE_BY_SIDE);
+            let mut results = Vec::new();
+            while let Some(result) = asked.next().await {
+                results.push(result);
+                // If nobody answers, the others would wait as long.
+                if results.len() >= SIDE_BY_SIDE && results.iter().all(Result::is_err) {
+                    break;
                 }
             }
+            self.asked().keep(&now, &namespaces, started.elapsed());
+            self.say(&results);
         }
     }
 
@@ -209,7 +233,15 @@ impl Prometheus {
         } else {
             self.client.settings().history
         };
-        let edges = self.client.edges_of(namespace, window).await?;
+        let edges = match self.client.edges_of(namespace, window).await {
+            // So much of the past is too much to ask; the present may not be.
+            Err(Error::Refused { status, said }) if !unknown.is_empty() => {
+                tracing::warn!(namespace, %status, said, "its history stays unknown");
+                self.asked().fences.extend(unknown);
+                return Err(Error::Refused { status, said });
+            }
+            edges => edges?,
+        };
         let received = Instant::now();
         let callers = edges
             .iter()
