@@ -60,7 +60,11 @@ pub struct FencePolicySpec {
 
     /// Hosts that are in every scope, by full name: agents, collectors, gateways.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 500))]
+    #[schemars(length(max = 500), inner(length(min = 1, max = 253)))]
+    #[x_kube(
+        validation = Rule::new("self.all(host, host.matches('^[a-zA-Z0-9_]([-a-zA-Z0-9_.]*[a-zA-Z0-9_])?[.]?$'))")
+            .message("a host is a DNS name, without port, scheme or wildcard; whole namespaces are template.dependencies"),
+    )]
     pub always_import: Vec<String>,
 
     /// Turns fences from `Observe` to `Enforce` by itself.

@@ -262,7 +262,7 @@ pub enum Mode {
     #[default]
     Enforce,
     /// Report in status what would be in scope; write nothing to Istio. First calls go to the global proxy only once a
-    /// fence is enforced, so nothing new is learnt meanwhile.
+    /// fence is enforced, so what is new is learnt from Prometheus and policies alone meanwhile.
     Observe,
 }
 

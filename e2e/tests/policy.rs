@@ -141,6 +141,13 @@ fn switched_on_and_off_while_calls_go_on() {
 fn a_whole_namespace_and_pods_without_a_service() {
     fenceline_e2e::test(async |lab| {
         mesh(lab).await?;
+        for host in ["ops/*", "*.example.com", "agent.ops:80"] {
+            let wrong = format!("{POLICY} {{namespaceSelector: {{}}, alwaysImport: ['{host}']}}}}");
+            let refused = lab.apply(&wrong).await;
+            let why = refused.err().map(|why| format!("{why:#}"));
+            let says = |why: &String| why.contains("a host is a DNS name, without port");
+            anyhow::ensure!(why.as_ref().is_some_and(says), "{host}: {why:?}");
+        }
         lab.namespace("empty").await?;
         let whole = "{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, \
                      values: [shop, empty]}]}, granularity: Namespace}";

@@ -78,14 +78,16 @@ fn one(migration: &mut Migration, object: &Value, module: &Value) -> anyhow::Res
     let general = &module["general"];
     let mut template = Template::default();
     let mut policy = FencePolicySpec::default();
-    let mut selectors = Vec::new();
+    // Each of these narrows; of `managementSelectors` any may match.
+    let mut narrower = Vec::new();
+    let mut selectors: Vec<LabelSelector> = Vec::new();
     for (field, value) in fields(general) {
         let path = format!("general.{field}");
         let fate = match field.as_str() {
             "defaultFence" => {
                 let on = value.as_bool().unwrap_or_default();
                 if !on {
-                    selectors.push(labelled());
+                    narrower.push(labelled());
                 }
                 Fate::Became(format!(
                     "spec.namespaceSelector: {}",
@@ -110,11 +112,11 @@ fn one(migration: &mut Migration, object: &Value, module: &Value) -> anyhow::Res
                 Fate::Became("spec.namespaceSelector, a FencePolicy for each".to_owned())
             }
             "blackNamespaceList" => {
-                selectors.push(named("NotIn", &value));
+                narrower.push(named("NotIn", &value));
                 Fate::Became("spec.namespaceSelector".to_owned())
             }
             "whiteNamespaceList" => {
-                selectors.push(named("In", &value));
+                narrower.push(named("In", &value));
                 Fate::Became("spec.namespaceSelector".to_owned())
             }
             "metricSourceType" if value == "prometheus" => {
@@ -152,7 +154,10 @@ fn one(migration: &mut Migration, object: &Value, module: &Value) -> anyhow::Res
     if selectors.is_empty() {
         selectors.push(LabelSelector::default());
     }
-    for (index, selector) in selectors.into_iter().enumerate() {
+    for (index, mut selector) in selectors.into_iter().enumerate() {
+        for other in &narrower {
+            narrow(&mut selector, other);
+        }
         let name = module["name"].as_str().unwrap_or("lazyload");
         let name = if index == 0 {
             name.to_owned()
@@ -194,6 +199,18 @@ fn aliases(value: &Value) -> Vec<Alias> {
                 .collect(),
         })
         .collect()
+}
+
+/// Adds what another selector asks for.
+fn narrow(selector: &mut LabelSelector, other: &LabelSelector) {
+    for (label, value) in other.match_labels.iter().flatten() {
+        let labels = selector.match_labels.get_or_insert_default();
+        labels.insert(label.clone(), value.clone());
+    }
+    for expression in other.match_expressions.iter().flatten() {
+        let expressions = selector.match_expressions.get_or_insert_default();
+        expressions.push(expression.clone());
+    }
 }
 
 fn labelled() -> LabelSelector {

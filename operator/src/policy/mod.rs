@@ -53,8 +53,9 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
             Some((then, wanted)) if same_wishes(&then, &now) => wanted,
             _ => plan(&now, &context.settings),
         };
-        let well = write(&wanted, &now, context).await & promote::round(&now, context).await;
-        report(&wanted, &now, context).await;
+        let failed = write(&wanted, &now, context).await;
+        let well = failed.is_empty() & promote::round(&wanted, &now, context).await;
+        report(&wanted, &failed, &now, context).await;
         if !well {
             tokio::time::sleep(retry).await;
             retry = (retry * 2).min(LONGEST_RETRY);
@@ -90,8 +91,11 @@ fn needs_pods(world: &World) -> bool {
     policies.any(|policy| policy.spec.granularity == Workload)
 }
 
-/// Writes what differs; says whether all of it went well.
-async fn write(wanted: &Wanted, world: &World, context: &Context) -> bool {
+/// Fences that could not be written, each with why.
+type Failed = BTreeMap<Key, String>;
+
+/// Writes what differs; says what did not go well.
+async fn write(wanted: &Wanted, world: &World, context: &Context) -> Failed {
     let writer = &context.writer;
     let ensured = wanted.fences.iter().map(|(key, fence)| async move {
         let have = world.fences.get(key).map(AsRef::as_ref);
@@ -102,14 +106,14 @@ async fn write(wanted: &Wanted, world: &World, context: &Context) -> bool {
     });
     let removed = unwanted(world, wanted)
         .map(|(key, fence)| async move { (key, writer.remove(fence.as_ref()).await) });
-    let mut well = true;
+    let mut failed = Failed::new();
     let mut say = |key: &Key, result: Result<(), apply::Error>| match result {
         // Somebody wrote a fence by this name a moment ago: it is theirs.
         Ok(()) | Err(apply::Error::NotOurs { .. }) => {}
         Err(error) => {
-            well = false;
             let error = crate::chain(&error);
             tracing::warn!(fence = %key, error, "a policy's fence");
+            failed.insert(key.clone(), error);
         }
     };
     let mut ensured = futures::stream::iter(ensured).buffer_unordered(CONCURRENCY);
@@ -120,11 +124,11 @@ async fn write(wanted: &Wanted, world: &World, context: &Context) -> bool {
     while let Some((key, result)) = removed.next().await {
         say(key, result);
     }
-    well
+    failed
 }
 
 /// Writes what became of each policy.
-async fn report(wanted: &Wanted, world: &World, context: &Context) {
+async fn report(wanted: &Wanted, failed: &Failed, world: &World, context: &Context) {
     let mut fences: BTreeMap<&str, Vec<&ServiceFence>> = BTreeMap::new();
     for fence in world.fences.values().filter(|fence| made_by_policy(fence)) {
         let policy = fence.labels().get(POLICY).map(String::as_str);
@@ -135,7 +139,7 @@ async fn report(wanted: &Wanted, world: &World, context: &Context) {
     }
     for (name, policy) in &world.fence_policies {
         let of_policy = fences.remove(name.as_str()).unwrap_or_default();
-        let status = status(name, policy, wanted, &of_policy, context);
+        let status = status(name, policy, wanted, failed, &of_policy, context);
         if policy.status.as_ref() != Some(&status)
             && let Err(error) = context.status.policy(name, status).await
         {
@@ -148,6 +152,7 @@ fn status(
     name: &str,
     policy: &FencePolicy,
     wanted: &Wanted,
+    failed: &Failed,
     fences: &[&ServiceFence],
     context: &Context,
 ) -> FencePolicyStatus {
@@ -168,7 +173,7 @@ fn status(
         conditions: set_conditions(
             &old.conditions,
             &[
-                ready(name, wanted, namespaces, fences.len()),
+                ready(name, wanted, failed, namespaces, fences.len()),
                 evidence(context.prometheus.as_deref()),
             ],
             policy.metadata.generation,
@@ -204,7 +209,7 @@ fn evidence(prometheus: Option<&Prometheus>) -> Said {
     }
 }
 
-fn ready(name: &str, wanted: &Wanted, namespaces: usize, fences: usize) -> Said {
+fn ready(name: &str, wanted: &Wanted, failed: &Failed, namespaces: usize, fences: usize) -> Said {
     let said = |status, reason, message| Said {
         type_: "Ready",
         status,
@@ -214,8 +219,8 @@ fn ready(name: &str, wanted: &Wanted, namespaces: usize, fences: usize) -> Said 
     if let Some(why) = wanted.refused.get(name) {
         return said(false, "Invalid", format!("{why}; nothing is done"));
     }
-    let of_policy = |fence: &&ServiceFence| fence.labels().get(POLICY).is_some_and(|of| of == name);
-    let should = wanted.fences.values().filter(of_policy).count();
+    let is_its = |fence: &ServiceFence| fence.labels().get(POLICY).is_some_and(|of| of == name);
+    let should = wanted.fences.values().filter(|fence| is_its(fence)).count();
     let mut message = format!("{fences} of {should} fences in {namespaces} namespaces");
     if let Some(lost) = wanted.lost.get(name) {
         let few: Vec<String> = lost
@@ -228,6 +233,16 @@ fn ready(name: &str, wanted: &Wanted, namespaces: usize, fences: usize) -> Said 
             lost.len(),
             few.join(", ")
         ));
+    }
+    let mut failed = failed
+        .iter()
+        .filter(|(key, _)| wanted.fences.get(key).is_some_and(is_its));
+    if let Some((key, why)) = failed.next() {
+        message.push_str(&format!(
+            "; {} cannot be written: {key}: {why}",
+            failed.count() + 1
+        ));
+        return said(false, "Failing", message);
     }
     if fences == should {
         said(true, "Fenced", message)

@@ -36,6 +36,8 @@ const NAMES: [&str; 3] = [
 #[derive(Debug, Default, PartialEq)]
 pub struct Wanted {
     pub fences: BTreeMap<Key, ServiceFence>,
+    /// Those of them whose mode is their policy's to say and not a label's, by a policy that promotes.
+    pub promotable: BTreeSet<Key>,
     /// The namespaces of each policy.
     pub namespaces: BTreeMap<String, BTreeSet<String>>,
     /// Policies that cannot be carried out, each with why.
@@ -76,18 +78,43 @@ pub fn plan(world: &World, settings: &Settings) -> Wanted {
             world,
             namespace,
             policy: policy.unwrap_or(&by_label),
-            mode: match (said, policy) {
-                (Some(mode), _) => mode,
-                (None, Some(policy)) => Some(policy.template.mode),
-                (None, None) => None,
+            wish: match (said, policy) {
+                (Some(mode), _) => Wish::by_label(mode),
+                (None, Some(policy)) => Wish {
+                    mode: Some(policy.template.mode),
+                    promotable: policy.promotes,
+                },
+                (None, None) => Wish::by_label(None),
             },
         };
-        for fence in maker.fences() {
+        for (fence, promotable) in maker.fences() {
             let key = Key::new(namespace.clone(), fence.name_any());
+            if promotable {
+                wanted.promotable.insert(key.clone());
+            }
             wanted.fences.insert(key, fence);
         }
     }
     wanted
+}
+
+/// What is to become of a Service or a namespace.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Wish {
+    /// Absent: no fence.
+    mode: Option<Mode>,
+    /// Whether time may turn `Observe` into `Enforce`.
+    promotable: bool,
+}
+
+impl Wish {
+    /// A label is meant, whatever was before and whatever a policy says.
+    fn by_label(mode: Option<Mode>) -> Self {
+        Self {
+            mode,
+            promotable: false,
+        }
+    }
 }
 
 /// Namespaces that nobody means who says "every namespace".
@@ -101,6 +128,7 @@ fn is_of_the_system(namespace: &str, settings: &Settings) -> bool {
 struct Policy {
     name: String,
     granularity: Granularity,
+    promotes: bool,
     template: Template,
     dependencies: Vec<Dependency>,
     selector: kube::core::Selector,
@@ -121,6 +149,7 @@ impl Policy {
         Ok(Self {
             name: name.to_owned(),
             granularity: spec.granularity,
+            promotes: spec.promote.is_some(),
             dependencies: template
                 .dependencies
                 .iter()
@@ -138,6 +167,7 @@ impl Policy {
         Self {
             name: BY_LABEL.to_owned(),
             granularity: Granularity::Service,
+            promotes: false,
             template: Template::default(),
             dependencies: Vec::new(),
             selector: kube::core::Selector::default(),
@@ -166,31 +196,30 @@ struct Maker<'a> {
     namespace: &'a str,
     policy: &'a Policy,
     /// What the namespace gets where a Service does not say otherwise; nothing at all, perhaps.
-    mode: Option<Mode>,
+    wish: Wish,
 }
 
 impl Maker<'_> {
-    fn fences(&self) -> Vec<ServiceFence> {
+    /// The fences, and whether each may be promoted.
+    fn fences(&self) -> Vec<(ServiceFence, bool)> {
         let whole = self.policy.granularity == Granularity::Namespace;
         let mut fences = Vec::new();
-        if let Some(mode) = self.mode.filter(|_| whole) {
+        if whole {
             let workload = Workload {
                 whole_namespace: true,
                 ..Workload::default()
             };
-            fences.extend(self.fence("namespace", workload, mode));
+            fences.extend(self.fence("namespace", workload, self.wish));
         }
         let services = self.services(whole);
-        for (name, (_, mode)) in &services {
+        for (name, (_, wish)) in &services {
             let workload = Workload {
                 service: Some(name.clone()),
                 ..Workload::default()
             };
-            fences.extend(mode.and_then(|mode| self.fence(name, workload, mode)));
+            fences.extend(self.fence(name, workload, *wish));
         }
-        if let Some(mode) = self.mode
-            && self.policy.granularity == Granularity::Workload
-        {
+        if self.policy.granularity == Granularity::Workload {
             let selectors: Vec<&Labels> =
                 services.values().map(|(selector, _)| *selector).collect();
             for (name, labels) in self.workloads(&selectors) {
@@ -200,7 +229,7 @@ impl Maker<'_> {
                     }),
                     ..Workload::default()
                 };
-                fences.extend(self.fence(&name, workload, mode));
+                fences.extend(self.fence(&name, workload, self.wish));
             }
         }
         fences
@@ -209,7 +238,7 @@ impl Maker<'_> {
     /// The Services that stand for their pods, each with what its label says or else the namespace. Of several that select
     /// the same pods, the one that selects most, then the first in the alphabet. Where the whole namespace has a fence, only
     /// those that say something themselves.
-    fn services(&self, whole: bool) -> BTreeMap<String, (&Labels, Option<Mode>)> {
+    fn services(&self, whole: bool) -> BTreeMap<String, (&Labels, Wish)> {
         let of_namespace = self
             .world
             .services
@@ -229,14 +258,14 @@ impl Maker<'_> {
             .filter(|index| stands_for(*index))
             .map(|index| {
                 let (key, facts) = all[index];
-                let mode = match labelled(&facts.labels) {
+                let wish = match labelled(&facts.labels) {
                     // Without a fence of its own it would have the namespace's.
-                    Some(None) if whole => self.mode.map(|_| Mode::Observe),
-                    Some(said) => said,
-                    None if whole => None,
-                    None => self.mode,
+                    Some(None) if whole => Wish::by_label(self.wish.mode.map(|_| Mode::Observe)),
+                    Some(said) => Wish::by_label(said),
+                    None if whole => Wish::by_label(None),
+                    None => self.wish,
                 };
-                (key.name.clone(), (&facts.selector, mode))
+                (key.name.clone(), (&facts.selector, wish))
             })
             .collect()
     }
@@ -263,8 +292,9 @@ impl Maker<'_> {
         running.chain(kept).collect()
     }
 
-    /// A fence, unless somebody wrote one by this name or for the same pods.
-    fn fence(&self, name: &str, workload: Workload, mode: Mode) -> Option<ServiceFence> {
+    /// A fence, unless none is wanted or somebody wrote one by this name or for the same pods.
+    fn fence(&self, name: &str, workload: Workload, wish: Wish) -> Option<(ServiceFence, bool)> {
+        let mode = wish.mode?;
         let name = name.to_owned();
         let key = Key::new(self.namespace, name.clone());
         let existing = self.world.fences.get(&key);
@@ -279,7 +309,8 @@ impl Maker<'_> {
             aliases,
             ..
         } = self.policy.template.clone();
-        let promoted = existing.is_some_and(|fence| fence.annotations().contains_key(PROMOTED));
+        let was = |fence: &Arc<ServiceFence>| fence.annotations().contains_key(PROMOTED);
+        let promoted = wish.promotable && existing.is_some_and(was);
         let fence = ServiceFence {
             metadata: ObjectMeta {
                 name: Some(name),
@@ -305,7 +336,7 @@ impl Maker<'_> {
             },
             status: None,
         };
-        (!self.is_taken(&fence)).then_some(fence)
+        (!self.is_taken(&fence)).then_some((fence, wish.promotable))
     }
 
     /// Whether a fence that somebody wrote selects these pods.

@@ -243,12 +243,21 @@ fn who_was_promoted_stays_so() {
         &mut mesh,
         "every",
         0,
-        "{namespaceSelector: {}, template: {mode: Observe}}",
+        "{namespaceSelector: {}, template: {mode: Observe}, promote: {after: 1h, quietFor: 1h}}",
     );
     let (key, mut fence) = wanted(&mesh).fences.pop_first().unwrap();
     assert_eq!(fence.spec.mode, Mode::Observe);
     let annotations = [(PROMOTED.to_owned(), "2026-01-01T00:00:00Z".to_owned())];
     fence.metadata.annotations = Some(annotations.into());
-    mesh.fences.insert(key, fence.into());
+    mesh.fences.insert(key.clone(), fence.into());
     assert_eq!(shown(&wanted(&mesh)), ["shop/cart=Enforce"]);
+    assert!(wanted(&mesh).promotable.contains(&key));
+    // Who says so by a label means it.
+    labelled_service(&mut mesh, "shop", "cart", "observe");
+    assert_eq!(shown(&wanted(&mesh)), ["shop/cart=Observe"]);
+    assert!(wanted(&mesh).promotable.is_empty());
+    service(&mut mesh, "shop", "cart", "{}");
+    let spec = "{namespaceSelector: {}, template: {mode: Observe}}";
+    policy(&mut mesh, "every", 0, spec);
+    assert_eq!(shown(&wanted(&mesh)), ["shop/cart=Observe"], "taken back");
 }

@@ -1,6 +1,7 @@
 //! From `Observe` to `Enforce`: once a fence is old enough and nothing new was learnt for a while, by a source that would
 //! have seen it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fenceline_crds::{Mode, Promote, ServiceFence, period};
@@ -8,12 +9,12 @@ use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::Context;
-use super::plan::{POLICY, PROMOTED, made_by_policy};
+use super::plan::{POLICY, PROMOTED, Wanted, made_by_policy};
 use crate::observe::prometheus::Health;
 use crate::world::World;
 
 /// Promotes what is due; says whether all of it went well.
-pub(super) async fn round(world: &World, context: &Context) -> bool {
+pub(super) async fn round(wanted: &Wanted, world: &World, context: &Context) -> bool {
     let Some(prometheus) = &context.prometheus else {
         return true;
     };
@@ -22,17 +23,38 @@ pub(super) async fn round(world: &World, context: &Context) -> bool {
     }
     let now = (context.clock)();
     let mut well = true;
-    for (key, fence) in world
-        .fences
-        .iter()
-        .filter(|(_, fence)| made_by_policy(fence))
-    {
+    let mut seen = BTreeMap::new();
+    for key in &wanted.promotable {
+        let Some(fence) = world.fences.get(key).filter(|fence| made_by_policy(fence)) else {
+            continue;
+        };
         let policy = fence.labels().get(POLICY);
         let policy = policy.and_then(|name| world.fence_policies.get(name));
         let promote = policy.and_then(|policy| policy.spec.promote.as_ref());
         // Who did not see it call anything cannot say that it calls nothing new.
-        if !promote.is_some_and(|promote| is_due(fence, promote, now))
-            || !prometheus.sees(world, key)
+        let Some(promote) = promote.filter(|promote| is_due(fence, promote, now)) else {
+            continue;
+        };
+        if !prometheus.sees(world, key) {
+            continue;
+        }
+        // It may have been away, and what was called meanwhile is not learnt yet.
+        let quiet_for = period(&promote.quiet_for).unwrap_or(Duration::MAX);
+        let of = (key.namespace.clone(), quiet_for);
+        if !seen.contains_key(&of) {
+            match prometheus.seen(world, &key.namespace, quiet_for).await {
+                Ok(edges) => drop(seen.insert(of.clone(), edges)),
+                Err(error) => {
+                    let error = crate::chain(&error);
+                    tracing::warn!(fence = %key, error, "a promotion waits");
+                    return false;
+                }
+            }
+        }
+        let calls = seen.get(&of).into_iter().flatten();
+        if calls
+            .clone()
+            .any(|(caller, host)| caller == key && !knows(fence, host))
         {
             continue;
         }
@@ -47,6 +69,11 @@ pub(super) async fn round(world: &World, context: &Context) -> bool {
         }
     }
     well
+}
+
+fn knows(fence: &ServiceFence, host: &str) -> bool {
+    let mut learnt = fence.status.iter().flat_map(|status| &status.dependencies);
+    learnt.any(|known| known.host == host)
 }
 
 /// Whether a fence has observed for long enough.

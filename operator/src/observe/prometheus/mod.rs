@@ -261,6 +261,20 @@ impl Prometheus {
         Ok(edges.len())
     }
 
+    /// What the fences of a namespace were seen to call over the last `window`.
+    ///
+    /// # Errors
+    /// Fails when Prometheus does not answer.
+    pub async fn seen(
+        &self,
+        world: &World,
+        namespace: &str,
+        window: Duration,
+    ) -> Result<BTreeSet<(Key, String)>, Error> {
+        let edges = self.client.edges_of(namespace, window).await?;
+        Ok(of_fences(world, namespace, &edges))
+    }
+
     fn say(&self, results: &[Result<usize, Error>]) {
         let failed = results.iter().find_map(|result| result.as_ref().err());
         let edges: usize = results.iter().flatten().sum();
