@@ -75,6 +75,8 @@ pub struct ServiceFacts {
     pub labels: BTreeMap<String, String>,
     pub addresses: Vec<IpAddr>,
     pub http_ports: BTreeSet<u16>,
+    /// Ports for TCP that are not declared to be HTTP.
+    pub other_ports: BTreeSet<u16>,
     /// Whether a call to it could be one that the global proxy cannot catch: a port that is not declared to be HTTP, or
     /// pods that are called by their own names.
     pub needs_scope: bool,
@@ -141,6 +143,12 @@ impl From<&Service> for ServiceFacts {
             http_ports: ports
                 .iter()
                 .filter(|port| is_http(port))
+                .filter_map(|port| u16::try_from(port.port).ok())
+                .collect(),
+            other_ports: ports
+                .iter()
+                .filter(tcp)
+                .filter(|port| !is_http(port))
                 .filter_map(|port| u16::try_from(port.port).ok())
                 .collect(),
             needs_scope: ports.iter().filter(tcp).any(|port| !is_http(port))

@@ -78,7 +78,9 @@ pub struct View {
     pub visible: u32,
     /// Hosts that must be in every scope, since the global proxy could not catch a call to them.
     pub always: BTreeSet<Host>,
-    /// Of those: Services with ports that are not HTTP, which can be learnt otherwise.
+    /// Of those: Services with ports that are not HTTP, which can be learnt otherwise. Not where such a port is HTTP
+    /// elsewhere in the mesh: Envoy would wait there for a request to tell what it is, and a server that speaks first for
+    /// nothing.
     pub non_http: BTreeSet<Host>,
 }
 
@@ -121,6 +123,8 @@ pub struct World {
     lingering: OrdMap<String, (Key, usize)>,
     /// How many addresses of Services begin so.
     service_ranges: OrdMap<[u8; 2], usize>,
+    /// How many Services have this port for HTTP.
+    http_ports: OrdMap<u16, usize>,
     /// Worked out when first asked for, for the hosts as they are now.
     views: Views,
 }
@@ -150,16 +154,25 @@ impl World {
             entries: OrdMap::new(),
             lingering: OrdMap::new(),
             service_ranges: OrdMap::new(),
+            http_ports: OrdMap::new(),
             views: Views::default(),
         }
     }
 
     pub fn set_service(&mut self, key: &Key, facts: Option<ServiceFacts>) {
         self.views = Views::default();
-        let old = self.services.get(key).map(|old| old.addresses.as_slice());
+        let old = self.services.get(key).map(AsRef::as_ref);
+        let ports = |facts: Option<&ServiceFacts>| facts.map(|facts| facts.http_ports.clone());
+        let (were, are) = (ports(old), ports(facts.as_ref()));
+        count(
+            &mut self.http_ports,
+            were.into_iter().flatten(),
+            are.into_iter().flatten(),
+        );
+        let old = old.map(|old| old.addresses.as_slice());
         let new = facts.as_ref().map(|facts| facts.addresses.as_slice());
         move_addresses(&mut self.service_of_address, key, old, new);
-        count_ranges(&mut self.service_ranges, old, new);
+        count(&mut self.service_ranges, ranges(old), ranges(new));
         set(&mut self.services, key, facts);
     }
 
@@ -213,6 +226,11 @@ impl World {
     /// The first two bytes of the Services' IPv4 addresses: the ranges that they come from, near enough.
     pub fn service_ranges(&self) -> impl Iterator<Item = [u8; 2]> {
         self.service_ranges.keys().copied()
+    }
+
+    /// The ports that are HTTP anywhere in the mesh: fenced proxies have a listener for each, by way of the global proxy.
+    pub fn http_ports(&self) -> impl Iterator<Item = u16> {
+        self.http_ports.keys().copied()
     }
 
     pub fn service_at(&self, address: IpAddr) -> Option<&Key> {
@@ -297,7 +315,8 @@ impl World {
                     namespace: key.namespace.clone(),
                     fqdn: self.fqdn(key),
                 };
-                if !facts.headless {
+                let shares = |port: &u16| self.http_ports.contains_key(port);
+                if !facts.headless && !facts.other_ports.iter().any(shares) {
                     view.non_http.insert(host.clone());
                 }
                 view.always.insert(host);
@@ -370,23 +389,28 @@ fn move_addresses(
     }
 }
 
-fn count_ranges(
-    ranges: &mut OrdMap<[u8; 2], usize>,
-    old: Option<&[IpAddr]>,
-    new: Option<&[IpAddr]>,
-) {
-    let range = |address: &IpAddr| match address {
+fn ranges(addresses: Option<&[IpAddr]>) -> impl Iterator<Item = [u8; 2]> {
+    let addresses = addresses.unwrap_or_default().iter();
+    addresses.filter_map(|address| match address {
         IpAddr::V4(address) => Some([address.octets()[0], address.octets()[1]]),
         // Written in too many ways to be recognised.
         IpAddr::V6(_) => None,
-    };
-    for range in new.unwrap_or_default().iter().filter_map(range) {
-        *ranges.entry(range).or_default() += 1;
+    })
+}
+
+/// Keeps count of what there is of each.
+fn count<K: Ord + Clone>(
+    counts: &mut OrdMap<K, usize>,
+    old: impl Iterator<Item = K>,
+    new: impl Iterator<Item = K>,
+) {
+    for one in new {
+        *counts.entry(one).or_default() += 1;
     }
-    for range in old.unwrap_or_default().iter().filter_map(range) {
-        match ranges.get(&range) {
-            Some(1) | None => drop(ranges.remove(&range)),
-            Some(many) => drop(ranges.insert(range, many - 1)),
+    for one in old {
+        match counts.get(&one) {
+            Some(1) | None => drop(counts.remove(&one)),
+            Some(many) => drop(counts.insert(one, many - 1)),
         }
     }
 }

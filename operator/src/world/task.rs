@@ -331,7 +331,7 @@ impl WorldTask {
         let in_every_scope = |facts: Option<&ServiceFacts>| {
             facts
                 .filter(|facts| facts.needs_scope)
-                .map(|facts| facts.export_to.clone())
+                .map(|facts| (facts.export_to.clone(), facts.other_ports.clone()))
         };
         let before = in_every_scope(old.map(AsRef::as_ref));
         concerned.all |= before != in_every_scope(facts.as_ref());
@@ -345,10 +345,13 @@ impl WorldTask {
         concerned.namespaces.insert(key.namespace.clone());
         concerned.with_selectors = true;
         let ranges: Vec<_> = self.world.service_ranges().collect();
+        let ports: Vec<_> = self.world.http_ports().collect();
         let fqdn = self.world.fqdn(key);
         self.change_hosts([fqdn].into(), |world| world.set_service(key, facts));
         // The redirect lists them.
         concerned.all |= !self.world.service_ranges().eq(ranges);
+        // What can be learnt by TCP depends on them.
+        concerned.all |= !self.world.http_ports().eq(ports);
     }
 }
 
