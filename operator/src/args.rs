@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use reqwest::header::{HeaderName, HeaderValue};
 
 use crate::fence::Settings;
 use crate::world::Key;
@@ -133,7 +134,8 @@ pub struct MeshArgs {
     /// Istio's root namespace, whose policies apply to the whole mesh: meshConfig.rootNamespace.
     #[arg(long, env = "FENCELINE_ROOT_NAMESPACE", default_value = "istio-system")]
     pub root_namespace: String,
-    /// The ConfigMap with Istio's MeshConfig, NAMESPACE/NAME; `istio-REVISION` with a revision.
+    /// The ConfigMap with Istio's MeshConfig, NAMESPACE/NAME; `istio-REVISION` with a revision. The ClusterRole must allow
+    /// to watch it.
     #[arg(long, env = "FENCELINE_MESH_CONFIG", default_value = "istio-system/istio", value_parser = key)]
     pub mesh_config: Key,
     /// The cluster's DNS domain.
@@ -199,6 +201,9 @@ pub struct PrometheusArgs {
     /// How long an answer may take.
     #[arg(long, env = "FENCELINE_PROMETHEUS_TIMEOUT", default_value = "10s", value_parser = time)]
     pub prometheus_timeout: Duration,
+    /// A header for each question, NAME=VALUE, as X-Scope-OrgID=mesh.
+    #[arg(long, value_parser = header)]
+    pub prometheus_header: Vec<(HeaderName, HeaderValue)>,
     /// A file with a bearer token. Like the others it is read again when it changes.
     #[arg(long, env = "FENCELINE_PROMETHEUS_TOKEN_FILE")]
     pub prometheus_token_file: Option<PathBuf>,
@@ -208,6 +213,19 @@ pub struct PrometheusArgs {
     /// A file with a client certificate and its key, in PEM.
     #[arg(long, env = "FENCELINE_PROMETHEUS_IDENTITY_FILE")]
     pub prometheus_identity_file: Option<PathBuf>,
+}
+
+fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let (name, value) = text.split_once('=').ok_or("it must be NAME=VALUE")?;
+    let name = name
+        .trim()
+        .parse()
+        .map_err(|error| format!("{name}: {error}"))?;
+    let value = value
+        .trim()
+        .parse()
+        .map_err(|error| format!("its value: {error}"))?;
+    Ok((name, value))
 }
 
 fn time(text: &str) -> Result<Duration, String> {

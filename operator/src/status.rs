@@ -69,6 +69,14 @@ impl StatusWriter {
         }
     }
 
+    /// A replica that only learns is not told which fences go.
+    fn forget_former(&self, world: &World) {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if latest.len() > world.fences.len() {
+            latest.retain(|key, _| world.fences.contains_key(key));
+        }
+    }
+
     /// Writes `change` of the fence's status, worked out again from the newest where others wrote meanwhile. Says
     /// whether anything was written; `false` also where the fence is gone.
     ///
@@ -88,6 +96,7 @@ impl StatusWriter {
             fence: key.clone(),
             source: Box::new(source),
         };
+        self.forget_former(world);
         for _ in 0..ATTEMPTS {
             let status = change(&base);
             if base.status.as_ref() == Some(&status) {

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::select::{self, Labels};
 use super::stage::{EVERYTHING, staged};
 use crate::observe::proxy::{Eyes, Seen, State};
-use crate::world::{Key, World};
+use crate::world::{Key, Proxy, World};
 
 /// Of a workload with more pods, so many speak for the others.
 const ASKED: usize = 8;
@@ -46,7 +46,7 @@ struct Steps {
     /// The step of each fence that is on its way.
     under_way: HashMap<Key, (u64, SidecarSpec)>,
     /// The pods of each fence whose proxies refused configuration during the last step.
-    rejected: HashMap<Key, Vec<IpAddr>>,
+    rejected: HashMap<Key, (u64, Vec<IpAddr>)>,
     /// Fences whose last step was not heard of in time, as while istiod is away. A proxy that skips a step may see no
     /// listener change with the next one, which is not waited for as long.
     missed: HashSet<Key>,
@@ -55,17 +55,23 @@ struct Steps {
 /// How a step ended.
 #[derive(Debug, Default)]
 struct Heard {
-    /// By these it was refused.
-    rejected: Vec<IpAddr>,
+    /// By these it was refused, which then were so.
+    rejected: Vec<(IpAddr, State)>,
+    /// Some refused clusters, and so do not have those of this step.
+    without_clusters: bool,
     /// Some have not heard of it.
     missed: bool,
 }
 
 impl Steps {
     /// Step `number` of a fence has arrived as far as it will.
-    fn arrived(&mut self, fence: &Key, number: u64, heard: Heard) {
-        let Heard { rejected, missed } = heard;
-        if missed {
+    fn arrived(&mut self, fence: &Key, number: u64, heard: &Heard) {
+        let Heard {
+            rejected,
+            without_clusters,
+            missed,
+        } = heard;
+        if *missed {
             self.missed.insert(fence.clone());
         } else {
             self.missed.remove(fence);
@@ -80,12 +86,30 @@ impl Steps {
         if rejected.is_empty() {
             self.rejected.remove(fence);
         } else {
-            tracing::warn!(%fence, pods = ?rejected, "proxies rejected configuration");
-            self.rejected.insert(fence.clone(), rejected);
+            let pods: Vec<IpAddr> = rejected.iter().map(|(pod, _)| *pod).collect();
+            tracing::warn!(%fence, ?pods, "proxies rejected configuration");
+            self.rejected.insert(fence.clone(), (number, pods));
         }
+        // A route without its cluster would answer 503; until then the global proxy takes these calls.
+        if !without_clusters {
+            self.has_clusters(fence, number);
+        }
+    }
+
+    /// Every proxy has what came with step `number` and before.
+    fn has_clusters(&mut self, fence: &Key, number: u64) {
         let of_fence = self.hosts.get_mut(fence).into_iter();
         for (since, heard) in of_fence.flat_map(BTreeMap::values_mut) {
             *heard |= *since <= number;
+        }
+    }
+
+    /// The proxies that refused step `number` took configuration since.
+    fn cured(&mut self, fence: &Key, number: u64) {
+        self.has_clusters(fence, number);
+        let last = self.rejected.get(fence);
+        if last.is_some_and(|(refused, _)| *refused == number) {
+            self.rejected.remove(fence);
         }
     }
 }
@@ -168,7 +192,7 @@ impl Arrivals {
             }
             steps.last = number;
             if before.as_ref().is_some_and(|before| before.nobody) {
-                steps.arrived(fence, number, Heard::default());
+                steps.arrived(fence, number, &Heard::default());
                 let _ = self.arrived.send(fence.clone());
                 return;
             }
@@ -193,18 +217,23 @@ impl Arrivals {
                     Heard::default()
                 }
             };
-            let mut steps = steps.lock().unwrap_or_else(PoisonError::into_inner);
-            steps.arrived(&fence, number, heard);
-            drop(steps);
+            let lock = || steps.lock().unwrap_or_else(PoisonError::into_inner);
+            lock().arrived(&fence, number, &heard);
             // Nobody listens once this replica no longer leads.
-            let _ = arrived.send(fence);
+            let _ = arrived.send(fence.clone());
+            if !heard.rejected.is_empty() {
+                until_cured(&eyes, heard.rejected).await;
+                lock().cured(&fence, number);
+                let _ = arrived.send(fence);
+            }
         });
     }
 
     /// The pods whose proxies refused configuration while the fence's last step arrived.
     pub fn rejected(&self, fence: &Key) -> Vec<IpAddr> {
         let steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
-        steps.rejected.get(fence).cloned().unwrap_or_default()
+        let rejected = steps.rejected.get(fence);
+        rejected.map(|(_, pods)| pods.clone()).unwrap_or_default()
     }
 
     /// A fence is gone, and its Sidecar with it.
@@ -217,8 +246,18 @@ impl Arrivals {
     }
 }
 
+/// The pods whose proxies take in what is written for these labels.
 fn addresses(namespace: &str, labels: &Labels, world: &World) -> Vec<IpAddr> {
+    let of_namespace = world
+        .sidecars
+        .range(Key::new(namespace, "")..)
+        .take_while(|(key, _)| key.namespace == namespace && labels.is_empty());
+    let selectors = of_namespace.filter_map(|(_, sidecar)| sidecar.spec.workload_selector.as_ref());
+    let others: Vec<&Labels> = selectors.map(|selector| &selector.labels).collect();
     select::pods_of(world, namespace, labels)
+        .filter(|pod| pod.runs && pod.proxy == Proxy::Sidecar)
+        // Where it is for the whole namespace, those with a Sidecar of their own have that.
+        .filter(|pod| !others.iter().any(|own| select::matches(own, &pod.labels)))
         .filter_map(|pod| pod.addresses.first().copied())
         .take(ASKED)
         .collect()
@@ -230,13 +269,40 @@ async fn look(eyes: &Eyes, pods: Vec<IpAddr>) -> Vec<(IpAddr, State)> {
     looks.into_iter().flatten().collect()
 }
 
+/// How often a proxy that refused something is asked whether it is well again.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// Waits until each proxy has taken configuration without refusing any since, or is gone.
+async fn until_cured(eyes: &Eyes, mut ill: Vec<(IpAddr, State)>) {
+    let mut silent: HashMap<IpAddr, u32> = HashMap::new();
+    while !ill.is_empty() {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        let pods = ill.iter().map(|(pod, _)| *pod).collect();
+        let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
+        ill.retain_mut(|(pod, before)| {
+            let Some(now) = now.get(pod) else {
+                let times = silent.entry(*pod).or_default();
+                *times += 1;
+                return *times < GONE;
+            };
+            if now.is_well_since(before) {
+                return false;
+            }
+            if now.rejected > before.rejected {
+                *before = *now;
+            }
+            true
+        });
+    }
+}
+
 /// How often a proxy may fail to answer before it is taken to be gone.
 const GONE: u32 = 6;
 
 /// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that is gone is not waited
 /// for.
 async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: Duration) -> Heard {
-    let mut rejected = Vec::new();
+    let mut heard = Heard::default();
     let mut silent: HashMap<IpAddr, u32> = HashMap::new();
     let started = Instant::now();
     let mut pause = ASK;
@@ -253,7 +319,8 @@ async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: D
             silent.remove(pod);
             let refused = now.rejected > before.rejected;
             if refused {
-                rejected.push(*pod);
+                heard.rejected.push((*pod, *now));
+                heard.without_clusters |= now.rejected_clusters > before.rejected_clusters;
             }
             !refused && (now.listeners == before.listeners || now.warming > 0)
         });
@@ -262,8 +329,6 @@ async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: D
         }
         tokio::time::sleep(pause).await;
     }
-    Heard {
-        rejected,
-        missed: !waiting.is_empty(),
-    }
+    heard.missed = !waiting.is_empty();
+    heard
 }

@@ -137,7 +137,7 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
         scope: scoped.counts,
         named: scoped.named,
         remarks: scoped.remarks,
-        called_since: called_since(fence),
+        called_since: called_since(fence, &scoped.learnt),
         again_in: scoped.next_end.map(|end| end.duration_since(now)),
     }
 }
@@ -155,13 +155,13 @@ fn is_fenced(namespace: &str, world: &World) -> bool {
 /// The first answer of Prometheus about a fence is history.
 const HISTORY: SignedDuration = SignedDuration::from_mins(2);
 
-fn called_since(fence: &ServiceFence) -> Vec<String> {
+fn called_since(fence: &ServiceFence, learnt: &BTreeSet<String>) -> Vec<String> {
     let Some(created) = &fence.metadata.creation_timestamp else {
         return Vec::new();
     };
     let dependencies = fence.status.iter().flat_map(|status| &status.dependencies);
     let mut since: Vec<_> = dependencies
-        .filter(|known| known.last_seen.is_some())
+        .filter(|known| known.last_seen.is_some() && learnt.contains(&known.host))
         .filter(|known| known.first_seen.duration_since(created.0) > HISTORY)
         .collect();
     since.sort_by_key(|known| std::cmp::Reverse(known.first_seen));

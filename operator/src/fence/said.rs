@@ -27,7 +27,7 @@ pub(super) fn ready(plan: &Plan) -> Said {
             let pods: Vec<String> = plan.rejected.iter().map(ToString::to_string).collect();
             let text = format!(
                 "the proxies of {} rejected configuration while the last change arrived, of ours or of somebody else's: their logs, \
-                 and istiod's pilot_total_xds_rejects, say what. They keep what they had",
+                 and istiod's pilot_total_xds_rejects, say what. They keep what they had; if they refused clusters, what is learnt meanwhile waits",
                 pods.join(", ")
             );
             (false, "Rejected", text)

@@ -17,6 +17,8 @@ use crate::world::{Host, Key, World};
 #[derive(Default)]
 pub(super) struct Scoped {
     pub hosts: BTreeSet<Host>,
+    /// Those that nothing but learning brings, by name.
+    pub learnt: BTreeSet<String>,
     /// By policies.
     pub named: BTreeSet<String>,
     pub counts: Scope,
@@ -65,6 +67,10 @@ pub(super) fn scope(
     let known: BTreeSet<String> = known.map(|host| host.fqdn.clone()).collect();
     declared.extend(aliases(fence, &known, namespace, world, &mut scoped, note));
     scoped.counts.declared = count(declared.difference(&always).count());
+    let alone = learnt
+        .difference(&declared)
+        .filter(|host| !named.contains(host));
+    scoped.learnt = alone.map(|host| host.fqdn.clone()).collect();
 
     scoped.hosts = always;
     scoped.hosts.extend(learnt);

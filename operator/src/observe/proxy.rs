@@ -15,8 +15,8 @@ use tokio::sync::Mutex;
 
 /// <https://istio.io/latest/docs/ops/deployment/application-requirements/#ports-used-by-istio>
 const PORT: u16 = 15090;
-const STATS: &str = "/stats/prometheus?filter=^(cluster_manager%5C.(warming_clusters%7Ccds.update_rejected)%7C\
-                     listener_manager%5C.lds.update_rejected%7Clistener_manager%5C.(listener_(added%7Cmodified%7Cremoved)%7Ctotal_listeners_warming))$";
+const STATS: &str = "/stats/prometheus?filter=^(cluster_manager%5C.(warming_clusters%7Ccds.update_(rejected%7Csuccess))%7C\
+                     listener_manager%5C.lds.update_(rejected%7Csuccess)%7Clistener_manager%5C.(listener_(added%7Cmodified%7Cremoved)%7Ctotal_listeners_warming))$";
 const TIMEOUT: Duration = Duration::from_millis(100);
 /// How often a proxy may miss to answer in time, and how long it is left alone then, as where a NetworkPolicy is in the way.
 const STRIKES: u32 = 5;
@@ -36,6 +36,17 @@ pub struct State {
     pub warming: u64,
     /// How often it refused clusters or listeners.
     pub rejected: u64,
+    /// How often these were clusters.
+    pub rejected_clusters: u64,
+    /// How often it took them.
+    pub accepted: u64,
+}
+
+impl State {
+    /// Whether it refused nothing since, but took something.
+    pub fn is_well_since(&self, before: &Self) -> bool {
+        self.rejected == before.rejected && self.accepted > before.accepted && self.warming == 0
+    }
 }
 
 /// Looks at proxies.
@@ -131,13 +142,15 @@ fn parse(text: &str) -> Option<State> {
         "envoy_cluster_manager_warming_clusters",
         "envoy_listener_manager_total_listeners_warming",
     ];
-    let rejected = [
-        "envoy_cluster_manager_cds_update_rejected",
-        "envoy_listener_manager_lds_update_rejected",
-    ];
+    // Counted from the first time on.
+    let updates =
+        |of: &str, what: &str| value(&format!("envoy_{of}_update_{what}")).unwrap_or_default();
+    let [cds, lds] = ["cluster_manager_cds", "listener_manager_lds"];
+    let rejected_clusters = updates(cds, "rejected");
     Some(State {
-        // Counted from the first time on.
-        rejected: rejected.into_iter().filter_map(value).sum(),
+        rejected: rejected_clusters + updates(lds, "rejected"),
+        rejected_clusters,
+        accepted: updates(cds, "success") + updates(lds, "success"),
         listeners: listeners.into_iter().sum::<Option<u64>>()?,
         warming: warming.into_iter().map(value).sum::<Option<u64>>()?,
     })
@@ -161,6 +174,8 @@ mod tests {
             listeners: 17,
             warming: 5,
             rejected: 2,
+            rejected_clusters: 2,
+            accepted: 0,
         };
         assert_eq!(parse(text), Some(want));
         for junk in ["", "hello", "envoy_listener_manager_listener_added{} x"] {

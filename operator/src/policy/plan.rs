@@ -32,6 +32,9 @@ const NAMES: [&str; 3] = [
     "app",
 ];
 
+/// How many fences of a namespace are kept for workloads of which no pod runs.
+const KEPT: usize = 200;
+
 /// What policies and labels want.
 #[derive(Debug, Default, PartialEq)]
 pub struct Wanted {
@@ -271,7 +274,7 @@ impl Maker<'_> {
     }
 
     /// The workloads of pods that no Service selects, with the label that selects each. Those that had a fence keep it
-    /// while no pod of theirs runs: a Job comes back.
+    /// while no pod of theirs runs, but for the oldest of many: a Job comes back, if it has no name of its own each time.
     fn workloads(&self, services: &[&Labels]) -> BTreeMap<String, Labels> {
         let alone = |pod: &&PodFacts| {
             !pod.addresses.is_empty()
@@ -287,9 +290,13 @@ impl Maker<'_> {
             let covered = services
                 .iter()
                 .any(|service| matches(service, &selector.match_labels));
-            (made && !covered).then(|| (key.name.clone(), selector.match_labels.clone()))
+            let age = fence.creation_timestamp();
+            (made && !covered).then(|| (age, (key.name.clone(), selector.match_labels.clone())))
         });
-        running.chain(kept).collect()
+        let mut kept: Vec<_> = kept.collect();
+        kept.sort_by(|(a, _), (b, _)| b.cmp(a));
+        let kept = kept.into_iter().map(|(_, kept)| kept);
+        running.chain(kept.take(KEPT)).collect()
     }
 
     /// A fence, unless none is wanted or somebody wrote one by this name or for the same pods.

@@ -237,7 +237,9 @@ fn workload(pod: &Pod) -> String {
     else {
         return pod.name_any();
     };
-    let hash = pod.labels().get("pod-template-hash");
+    // Of Deployments, and of Argo Rollouts.
+    let hash = |label| pod.labels().get(label);
+    let hash = hash("pod-template-hash").or_else(|| hash("rollouts-pod-template-hash"));
     let name = owner.name.as_str();
     let of_deployment = hash
         .filter(|_| owner.kind == "ReplicaSet")

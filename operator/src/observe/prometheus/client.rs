@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use reqwest::header::{AUTHORIZATION, HeaderValue};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{StatusCode, Url};
 use serde::Deserialize;
 
@@ -45,6 +45,7 @@ pub struct Settings {
     pub history: Duration,
     /// How long an answer may take.
     pub timeout: Duration,
+    pub headers: HeaderMap,
     pub token: Option<PathBuf>,
     pub authorities: Option<PathBuf>,
     pub identity: Option<PathBuf>,
@@ -70,6 +71,7 @@ impl Settings {
             window: args.prometheus_window.max(args.prometheus_interval),
             history: args.prometheus_history,
             timeout: args.prometheus_timeout,
+            headers: args.prometheus_header.iter().cloned().collect(),
             token: args.prometheus_token_file.clone(),
             authorities: args.prometheus_ca_file.clone(),
             identity: args.prometheus_identity_file.clone(),
@@ -189,7 +191,9 @@ impl Secrets {
     }
 
     fn client(&self, settings: &Settings) -> Result<reqwest::Client, Error> {
-        let mut builder = reqwest::Client::builder().timeout(settings.timeout);
+        let mut builder = reqwest::Client::builder()
+            .timeout(settings.timeout)
+            .default_headers(settings.headers.clone());
         if let Some(token) = &self.token {
             let token = String::from_utf8_lossy(token);
             let header = HeaderValue::from_str(&format!("Bearer {}", token.trim()));

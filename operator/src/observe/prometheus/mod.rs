@@ -58,6 +58,8 @@ impl Health {
     }
 }
 
+/// A caller that was not seen for so long is no caller any more: each run of a Job may be another.
+const FORGOTTEN: Duration = Duration::from_secs(24 * 3600);
 /// How many namespaces are asked about at once.
 const SIDE_BY_SIDE: usize = 8;
 
@@ -94,8 +96,9 @@ impl Asked {
             .filter_map(|fence| fence.uid())
             .collect();
         self.fences.retain(|known| there.contains(known));
-        self.callers
-            .retain(|caller, _| namespaces.contains(&caller.namespace));
+        self.callers.retain(|caller, at| {
+            namespaces.contains(&caller.namespace) && at.elapsed() < FORGOTTEN
+        });
     }
 }
 
