@@ -1,6 +1,7 @@
 //! What a proxy costs: its memory, its configuration, what istiod sent it.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use anyhow::Context;
 
@@ -47,5 +48,47 @@ impl Lab {
             received: received.parse().context("Envoy's bytes of xDS")?,
             services: hosts.len(),
         })
+    }
+
+    /// What the proxies of these pods cost, each of them.
+    ///
+    /// # Errors
+    /// Fails when an admin interface does not answer.
+    pub async fn mean_cost(&self, pods: &[(&str, &str)]) -> anyhow::Result<Mean> {
+        let mut mean = Mean::default();
+        #[expect(clippy::cast_precision_loss, reason = "a mean")]
+        let share = 1.0 / pods.len() as f64;
+        for pod in pods {
+            let cost = self.cost(*pod).await?;
+            mean.memory += cost.memory * share;
+            mean.config += cost.config * share;
+            mean.received += cost.received * share;
+            #[expect(clippy::cast_precision_loss, reason = "a mean")]
+            let services = cost.services as f64;
+            mean.services += services * share;
+        }
+        Ok(mean)
+    }
+}
+
+/// What proxies cost, as [`Cost`] has it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mean {
+    pub memory: f64,
+    pub config: f64,
+    pub received: f64,
+    pub services: f64,
+}
+
+impl fmt::Display for Mean {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:.2} MB of memory, {:.0} kB of configuration, {:.1} services; {:.0} kB of xDS received since its start",
+            self.memory / 1e6,
+            self.config / 1e3,
+            self.services,
+            self.received / 1e3,
+        )
     }
 }

@@ -47,6 +47,26 @@ impl Lab {
         self.pod(spec).await
     }
 
+    /// Many HTTP Services by these names for the pods with `app: POD`.
+    ///
+    /// # Errors
+    /// Fails when the API does.
+    pub async fn services_of(
+        &self,
+        pod: Name<'_>,
+        names: impl IntoIterator<Item = String>,
+    ) -> anyhow::Result<()> {
+        let (namespace, pod) = pod;
+        let services = names.into_iter().map(|name| {
+            format!(
+                "{{apiVersion: v1, kind: Service, metadata: {{name: {name}, namespace: {namespace}}}, \
+                 spec: {{selector: {{app: {pod}}}, ports: [{{name: http, port: 80}}]}}}}"
+            )
+        });
+        let services: Vec<String> = services.collect();
+        self.apply(&services.join("\n---\n")).await
+    }
+
     /// # Errors
     /// Fails when there is no such fence.
     pub async fn get_fence(&self, fence: Name<'_>) -> anyhow::Result<ServiceFence> {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use crate::app::{Call, Outcome, Protocol, ask};
-use crate::lab::Lab;
+use crate::fences::Name;
+use crate::lab::{Lab, request};
 
 /// A call that may be made.
 #[derive(Clone, Debug)]
@@ -17,6 +18,27 @@ pub struct Target {
     pub call: Call,
     /// The pod that must answer.
     pub answered_by: String,
+}
+
+impl Target {
+    /// A call to a Service, a namespace and a name, which a pod must answer.
+    ///
+    /// # Errors
+    /// Fails when there is no such Service.
+    pub async fn of(
+        lab: &Lab,
+        (namespace, service): Name<'_>,
+        pod: &str,
+        protocol: Protocol,
+        port: u16,
+    ) -> anyhow::Result<Self> {
+        let host = format!("{service}.{namespace}");
+        let connect = lab.resolve(namespace, &host, port).await?;
+        Ok(Self {
+            call: request(protocol, &format!("{host}:{port}"), connect),
+            answered_by: pod.to_owned(),
+        })
+    }
 }
 
 /// A call that failed.

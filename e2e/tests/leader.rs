@@ -25,15 +25,8 @@ fn the_leader_dies_while_fifty_dependencies_are_learnt() {
         lab.namespace("shop").await?;
         lab.workload(CLIENT, &[80]).await?;
         lab.pod(PodSpec::new("shop", "server").http(80)).await?;
-        let services: Vec<String> = (0..HOSTS)
-            .map(|number| {
-                format!(
-                    "{{apiVersion: v1, kind: Service, metadata: {{name: s{number}, namespace: shop}}, \
-                     spec: {{selector: {{app: server}}, ports: [{{name: http, port: 80}}]}}}}"
-                )
-            })
-            .collect();
-        lab.apply(&services.join("\n---\n")).await?;
+        let names = (0..HOSTS).map(|number| format!("s{number}"));
+        lab.services_of(("shop", "server"), names).await?;
         lab.until_direct(CLIENT, Protocol::Http1, &format!("s{}:80", HOSTS - 1))
             .await?;
         lab.fence(CLIENT, "{firstCall: {policy: Forward}}").await?;

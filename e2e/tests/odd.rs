@@ -61,11 +61,7 @@ fn addresses_names_of_nobody_and_callers_without_a_sidecar() {
         lab.namespace("bank").await?;
         // Two Services over the same pod, one of them fenced.
         lab.workload(CLIENT, &[80]).await?;
-        lab.apply(
-            "{apiVersion: v1, kind: Service, metadata: {name: desk, namespace: shop}, \
-             spec: {selector: {app: client}, ports: [{name: http, port: 80}]}}",
-        )
-        .await?;
+        lab.services_of(CLIENT, ["desk".to_owned()]).await?;
         lab.workload(("shop", "web"), &[80]).await?;
         lab.apply(
             "{apiVersion: v1, kind: Service, metadata: {name: hidden, namespace: bank, \
@@ -149,13 +145,7 @@ fn two_operators_answer_whoever_leads_and_first_calls_at_once_share_a_write() {
         lab.namespace("shop").await?;
         lab.workload(CLIENT, &[80]).await?;
         let names: Vec<String> = (0..8).map(|number| format!("s{number}")).collect();
-        for name in &names {
-            let spec = format!(
-                "{{apiVersion: v1, kind: Service, metadata: {{name: {name}, namespace: shop}}, \
-                 spec: {{selector: {{app: server}}, ports: [{{name: http, port: 80}}]}}}}"
-            );
-            lab.apply(&spec).await?;
-        }
+        lab.services_of(("shop", "server"), names.clone()).await?;
         lab.pod(PodSpec::new("shop", "server").http(80)).await?;
         lab.until_direct(CLIENT, Protocol::Http1, "s7:80").await?;
         lab.fence(CLIENT, "{}").await?;

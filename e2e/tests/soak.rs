@@ -9,9 +9,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::cost::Cost;
 use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
-use fenceline_e2e::lab::{MESH_CONFIG, request};
+use fenceline_e2e::lab::MESH_CONFIG;
 use fenceline_e2e::prometheus::URL;
 use fenceline_e2e::tools::checkout;
 use fenceline_e2e::traffic::{Tally, Target, Traffic};
@@ -58,29 +57,13 @@ async fn mesh(lab: &mut Lab) -> anyhow::Result<Vec<Target>> {
                 (Protocol::Http2, 80),
                 (Protocol::Grpc, 90),
             ] {
-                targets.push(target(lab, namespace, name, name, protocol, port).await?);
+                targets.push(Target::of(lab, (namespace, name), name, protocol, port).await?);
             }
         }
         lab.pod(PodSpec::new(namespace, STORE).tcp(9000)).await?;
-        targets.push(target(lab, namespace, STORE, STORE, Protocol::Tcp, 9000).await?);
+        targets.push(Target::of(lab, (namespace, STORE), STORE, Protocol::Tcp, 9000).await?);
     }
     Ok(targets)
-}
-
-async fn target(
-    lab: &Lab,
-    namespace: &str,
-    service: &str,
-    pod: &str,
-    protocol: Protocol,
-    port: u16,
-) -> anyhow::Result<Target> {
-    let host = format!("{service}.{namespace}");
-    let connect = lab.resolve(namespace, &host, port).await?;
-    Ok(Target {
-        call: request(protocol, &format!("{host}:{port}"), connect),
-        answered_by: pod.to_owned(),
-    })
 }
 
 fn pods() -> Vec<(&'static str, &'static str)> {
@@ -140,12 +123,10 @@ impl Soak<'_> {
     async fn services_come(&mut self, targets: &[Target]) -> anyhow::Result<()> {
         let mut all = targets.to_vec();
         for namespace in NAMESPACES {
-            let spec = format!(
-                "{{apiVersion: v1, kind: Service, metadata: {{name: extra, namespace: {namespace}}}, \
-                 spec: {{selector: {{app: a}}, ports: [{{name: http, port: 80}}]}}}}"
-            );
-            self.lab.apply(&spec).await?;
-            all.push(target(self.lab, namespace, "extra", "a", Protocol::Http1, 80).await?);
+            self.lab
+                .services_of((namespace, "a"), ["extra".to_owned()])
+                .await?;
+            all.push(Target::of(self.lab, (namespace, "extra"), "a", Protocol::Http1, 80).await?);
         }
         // On any mesh a Service may be called once its proxies have heard of it.
         tokio::time::sleep(Duration::from_secs(5)).await;
@@ -219,26 +200,9 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// What the proxies cost by now, each of them.
+    /// What the proxies cost by now.
     async fn costs(&mut self) -> anyhow::Result<()> {
-        let mut sum = Cost::default();
-        for pod in pods() {
-            let cost = self.lab.cost(pod).await?;
-            sum.memory += cost.memory;
-            sum.config += cost.config;
-            sum.received += cost.received;
-            sum.services += cost.services;
-        }
-        #[expect(clippy::cast_precision_loss, reason = "a mean")]
-        let (pods, services) = (pods().len() as f64, sum.services as f64);
-        let line = format!(
-            "          a proxy: {:.2} MB of memory, {:.0} kB of configuration, {:.1} services; {:.0} kB of xDS received \
-             since its start",
-            sum.memory / pods / 1e6,
-            sum.config / pods / 1e3,
-            services / pods,
-            sum.received / pods / 1e3,
-        );
+        let line = format!("          a proxy: {}", self.lab.mean_cost(&pods()).await?);
         println!("{line}");
         self.log.push(line);
         Ok(())

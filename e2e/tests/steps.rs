@@ -18,15 +18,8 @@ async fn services(lab: &mut Lab, kinds: &[&str]) -> anyhow::Result<()> {
     lab.workload(CLIENT, &[80]).await?;
     lab.pod(PodSpec::new("shop", "server").http(80)).await?;
     for kind in kinds {
-        let services: Vec<String> = (0..HOSTS)
-            .map(|number| {
-                format!(
-                    "{{apiVersion: v1, kind: Service, metadata: {{name: {kind}-{number}, namespace: shop}}, \
-                     spec: {{selector: {{app: server}}, ports: [{{name: http, port: 80}}]}}}}"
-                )
-            })
-            .collect();
-        lab.apply(&services.join("\n---\n")).await?;
+        let names = (0..HOSTS).map(|number| format!("{kind}-{number}"));
+        lab.services_of(("shop", "server"), names).await?;
     }
     Ok(())
 }

@@ -128,15 +128,8 @@ async fn first_calls(lab: &mut Lab, count: usize) -> anyhow::Result<()> {
     const FORWARD: &str = "forward";
     lab.namespace("bank").await?;
     for kind in [QUIET, CHURN, FORWARD] {
-        let services: Vec<String> = (0..count)
-            .map(|number| {
-                format!(
-                    "{{apiVersion: v1, kind: Service, metadata: {{name: {kind}-{number}, namespace: bank}}, \
-                     spec: {{selector: {{app: server}}, ports: [{{name: http, port: 80}}]}}}}"
-                )
-            })
-            .collect();
-        lab.apply(&services.join("\n---\n")).await?;
+        let names = (0..count).map(|number| format!("{kind}-{number}"));
+        lab.services_of(("bank", "server"), names).await?;
     }
     lab.pod(PodSpec::new("bank", "server").http(80)).await?;
     lab.workload(("shop", "forwarder"), &[80]).await?;
