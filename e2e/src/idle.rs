@@ -1,5 +1,8 @@
 //! The rest of the mesh: services that nobody here calls.
 
+use std::ops::Range;
+
+use fenceline_crds::ServiceFence;
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -18,11 +21,42 @@ impl Lab {
     /// # Errors
     /// Fails when the API refuses one.
     pub async fn idle_services(&self, count: usize) -> anyhow::Result<()> {
-        for number in 0..count.div_ceil(PER_NAMESPACE) {
+        self.idle_services_from(0, count).await
+    }
+
+    /// Makes more of them, from one number to below another.
+    ///
+    /// # Errors
+    /// Fails when the API refuses one.
+    pub async fn idle_services_from(&self, from: usize, to: usize) -> anyhow::Result<()> {
+        for number in from.div_ceil(PER_NAMESPACE)..to.div_ceil(PER_NAMESPACE) {
             self.namespace(&format!("idle-{number}")).await?;
         }
-        stream::iter(0..count)
+        stream::iter(from..to)
             .map(|number| self.idle_service(number))
+            .buffer_unordered(16)
+            .try_collect()
+            .await
+    }
+
+    /// Makes fences for idle services by number, which have no pods.
+    ///
+    /// # Errors
+    /// Fails when the API refuses one.
+    pub async fn idle_fences(&self, numbers: Range<usize>) -> anyhow::Result<()> {
+        stream::iter(numbers)
+            .map(async |number| {
+                let namespace = format!("idle-{}", number / PER_NAMESPACE);
+                let name = format!("service-{number}");
+                let fence = json!({
+                    "metadata": {"name": name, "namespace": namespace},
+                    "spec": {"workload": {"selector": {"matchLabels": {"app": name}}}},
+                });
+                let fences: Api<ServiceFence> = Api::namespaced(self.client.clone(), &namespace);
+                let fence = serde_json::from_value(fence)?;
+                fences.create(&PostParams::default(), &fence).await?;
+                Ok(())
+            })
             .buffer_unordered(16)
             .try_collect()
             .await

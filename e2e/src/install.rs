@@ -140,7 +140,8 @@ impl Lab {
         Ok((outcome.status, outcome.body))
     }
 
-    /// How long each dependency took from its access log entry to the stored Sidecar, by the operator's log; sorted.
+    /// How long each dependency took from its access log entry to the stored Sidecar, by the operator's log, in
+    /// its order.
     ///
     /// # Errors
     /// Fails when the log cannot be read.
@@ -151,14 +152,13 @@ impl Lab {
             .filter_map(|line| serde_json::from_str(line).ok());
         let fields = lines.map(|line: serde_json::Value| line["fields"].clone());
         let learnt = fields.filter(|fields| fields["message"] == "in scope");
-        let mut took: Vec<_> = learnt
+        let took = learnt
             .filter_map(|fields| {
                 fields["took_us"]
                     .as_u64()
                     .map(std::time::Duration::from_micros)
             })
             .collect();
-        took.sort();
         Ok(took)
     }
 
