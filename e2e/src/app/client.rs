@@ -1,6 +1,7 @@
 //! The client half: it makes requests from inside the pod, asked over a unix socket, which crosses network namespaces.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -286,12 +287,26 @@ async fn serve_calls(mut stream: UnixStream, caller: &Caller) -> anyhow::Result<
     Ok(())
 }
 
+/// Connects as soon as the application has taken in others: a Unix socket refuses those that it has no room for at once.
+async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
+    let mut tries = 0;
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && tries < 1000 => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
 /// Asks the application behind the socket to make a call.
 ///
 /// # Errors
 /// Fails when the application is not there; what goes wrong with the call itself is in the outcome.
 pub async fn ask(socket: &Path, call: &Call) -> anyhow::Result<Outcome> {
-    let mut stream = UnixStream::connect(socket)
+    let mut stream = connect(socket)
         .await
         .with_context(|| format!("the application behind {}", socket.display()))?;
     let mut line = serde_json::to_vec(call)?;
