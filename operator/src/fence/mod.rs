@@ -84,7 +84,7 @@ pub struct Settings {
 
 impl Settings {
     pub fn global_proxy_host(&self) -> String {
-        self.global_proxy().fqdn
+        self.global_proxy().fqdn.to_string()
     }
 
     fn operator(&self) -> Host {
@@ -97,10 +97,8 @@ impl Settings {
 
     fn host(&self, service: &Key) -> Host {
         let Key { namespace, name } = service;
-        Host {
-            namespace: namespace.clone(),
-            fqdn: format!("{name}.{namespace}.svc.{}", self.cluster_domain),
-        }
+        let fqdn = format!("{name}.{namespace}.svc.{}", self.cluster_domain);
+        Host::new(&**namespace, fqdn)
     }
 }
 

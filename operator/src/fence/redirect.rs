@@ -101,7 +101,7 @@ fn report_connections(settings: &Settings) -> Value {
                 "grpc_service": {"envoy_grpc": {
                     "cluster_name": format!("outbound|{}||{}", settings.callers_port, settings.operator().fqdn),
                     // A cluster's name is none that HTTP/2 allows.
-                    "authority": settings.operator().fqdn,
+                    "authority": &*settings.operator().fqdn,
                 }},
             },
         },

@@ -225,7 +225,14 @@ fn unused(world: &World, fence: &Key, due: &BTreeSet<String>, past: &Past) -> BT
         .iter()
         .filter_map(|workload| past.calls.get(workload))
         .flatten()
-        .filter_map(|host| Some(resolve(world, &fence.namespace, host).ok()?.fqdn))
+        .filter_map(|host| {
+            Some(
+                resolve(world, &fence.namespace, host)
+                    .ok()?
+                    .fqdn
+                    .to_string(),
+            )
+        })
         .collect();
     // Istio counts a request for the host that a route led it to.
     let is_called = |host: &&String| {

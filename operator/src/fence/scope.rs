@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fenceline_crds::{Evidence, LearntDependency, NonHttp, Scope, ServiceFence, ServiceSelector};
+use fenceline_crds::{
+    Evidence, LearntDependency, Mode, NonHttp, Scope, ServiceFence, ServiceSelector,
+};
 use jiff::Timestamp;
 use kube::core::{Selector, SelectorExt};
 use regex::Regex;
@@ -17,7 +19,7 @@ use crate::world::{Host, Key, World};
 #[derive(Default)]
 pub(super) struct Scoped {
     pub hosts: BTreeSet<Host>,
-    /// Those that nothing but learning brings, by name.
+    /// Of a fence that observes: those that nothing but learning brings, by name.
     pub learnt: BTreeSet<String>,
     /// By policies.
     pub named: BTreeSet<String>,
@@ -51,26 +53,31 @@ pub(super) fn scope(
     for host in &named {
         note(host, Why::Named);
     }
-    scoped.named = named.iter().map(|host| host.fqdn.clone()).collect();
+    scoped.named = named.iter().map(|host| host.fqdn.to_string()).collect();
     scoped.counts.named = count(named.difference(&always).count());
 
     let mut declared = declared(fence, namespace, world, now, &mut scoped, note);
     let known = learnt.iter().chain(&named).chain(&declared);
     let targets: BTreeSet<Host> = known
+        .filter(|_| world.has_aliases())
         .flat_map(|host| alias_target(world, namespace, &host.fqdn))
         .collect();
     for host in &targets {
         note(host, Why::ExternalName);
     }
     declared.extend(targets);
-    let known = learnt.iter().chain(&named).chain(&declared);
-    let known: BTreeSet<String> = known.map(|host| host.fqdn.clone()).collect();
-    declared.extend(aliases(fence, &known, namespace, world, &mut scoped, note));
+    if !fence.spec.aliases.is_empty() {
+        let known = learnt.iter().chain(&named).chain(&declared);
+        let known: BTreeSet<String> = known.map(|host| host.fqdn.to_string()).collect();
+        declared.extend(aliases(fence, &known, namespace, world, &mut scoped, note));
+    }
     scoped.counts.declared = count(declared.difference(&always).count());
-    let alone = learnt
-        .difference(&declared)
-        .filter(|host| !named.contains(host));
-    scoped.learnt = alone.map(|host| host.fqdn.clone()).collect();
+    if fence.spec.mode == Mode::Observe {
+        let alone = learnt
+            .difference(&declared)
+            .filter(|host| !named.contains(host));
+        scoped.learnt = alone.map(|host| host.fqdn.to_string()).collect();
+    }
 
     scoped.hosts = always;
     scoped.hosts.extend(learnt);
@@ -173,6 +180,11 @@ fn learnt(fence: &ServiceFence, namespace: &str, world: &World, note: Note<'_>) 
     };
     let mut hosts = BTreeSet::new();
     for known in dependencies.filter(seen) {
+        if let Some(host) = world.only_provider(namespace, &known.host) {
+            note(host, Why::Learnt(known));
+            hosts.insert(host.clone());
+            continue;
+        }
         for host in hosts_named(world, namespace, &known.host) {
             note(&host, Why::Learnt(known));
             hosts.insert(host);
@@ -268,10 +280,7 @@ fn hosts_named(world: &World, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
     if hosts.is_empty()
         && let Some(service) = world.service_named(fqdn)
     {
-        hosts.insert(Host {
-            namespace: service.namespace,
-            fqdn: fqdn.to_owned(),
-        });
+        hosts.insert(Host::new(service.namespace, fqdn));
     }
     hosts
 }

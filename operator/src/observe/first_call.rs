@@ -133,7 +133,7 @@ pub fn decide(world: &World, settings: &Settings, asked: &Asked<'_>) -> Decision
         // Only a call that can go back is passed.
         Err(_) if asked.port == Port::Ask => Answer::Pass,
         Err(_) => Answer::Refuse(Refusal::UnknownHost),
-        Ok(host) if host.fqdn == settings.global_proxy_host() => {
+        Ok(host) if *host.fqdn == settings.global_proxy_host() => {
             Answer::Refuse(Refusal::GlobalProxy)
         }
         Ok(host) => answer(world, settings, asked, &fences, host),

@@ -88,7 +88,7 @@ pub fn resolve(world: &World, namespace: &str, authority: &str) -> Result<Host, 
 fn visible(world: &World, namespace: &str, fqdn: &str) -> Result<Host, Unresolved> {
     let providers = world.providers(namespace, fqdn);
     // As Istio does: the caller's own namespace first, then the first in the alphabet.
-    let own = providers.iter().find(|host| host.namespace == namespace);
+    let own = providers.iter().find(|host| &*host.namespace == namespace);
     if let Some(host) = own.or_else(|| providers.first()) {
         return Ok(host.clone());
     }

@@ -62,8 +62,17 @@ pub struct PodFacts {
 /// A host that can be put into a Sidecar: `namespace` is that of the object which defines it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Host {
-    pub namespace: String,
-    pub fqdn: String,
+    pub namespace: Arc<str>,
+    pub fqdn: Arc<str>,
+}
+
+impl Host {
+    pub fn new(namespace: impl Into<Arc<str>>, fqdn: impl Into<Arc<str>>) -> Self {
+        Self {
+            namespace: namespace.into(),
+            fqdn: fqdn.into(),
+        }
+    }
 }
 
 impl std::fmt::Display for Host {
@@ -114,6 +123,8 @@ pub struct World {
     pub definition: Option<OwnerReference>,
     pod_of_address: SharedMap<IpAddr, Key>,
     service_of_address: SharedMap<IpAddr, Key>,
+    /// Services by their full names.
+    service_of_name: SharedMap<Arc<str>, (Host, Arc<ServiceFacts>)>,
     /// The VirtualServices of each host.
     routes: OrdMap<String, BTreeSet<Key>>,
     /// The ServiceEntries of each host.
@@ -125,6 +136,8 @@ pub struct World {
     service_ranges: OrdMap<[u8; 2], usize>,
     /// How many Services have this port for HTTP.
     http_ports: OrdMap<u16, usize>,
+    /// How many Services are ExternalNames.
+    aliases: usize,
     /// Worked out when first asked for, for the hosts as they are now.
     views: Views,
 }
@@ -150,11 +163,13 @@ impl World {
             definition: None,
             pod_of_address: SharedMap::new(),
             service_of_address: SharedMap::new(),
+            service_of_name: SharedMap::new(),
             routes: OrdMap::new(),
             entries: OrdMap::new(),
             lingering: OrdMap::new(),
             service_ranges: OrdMap::new(),
             http_ports: OrdMap::new(),
+            aliases: 0,
             views: Views::default(),
         }
     }
@@ -169,11 +184,24 @@ impl World {
             were.into_iter().flatten(),
             are.into_iter().flatten(),
         );
+        let is_alias = |facts: Option<&ServiceFacts>| {
+            usize::from(facts.is_some_and(|of| of.alias_of.is_some()))
+        };
+        let aliases = self.aliases + is_alias(facts.as_ref()) - is_alias(old);
         let old = old.map(|old| old.addresses.as_slice());
         let new = facts.as_ref().map(|facts| facts.addresses.as_slice());
         move_addresses(&mut self.service_of_address, key, old, new);
         count(&mut self.service_ranges, ranges(old), ranges(new));
+        self.aliases = aliases;
         set(&mut self.services, key, facts);
+        let fqdn: Arc<str> = self.fqdn(key).into();
+        match self.services.get(key) {
+            Some(facts) => {
+                let host = Host::new(&*key.namespace, Arc::clone(&fqdn));
+                self.service_of_name.insert(fqdn, (host, Arc::clone(facts)));
+            }
+            None => drop(self.service_of_name.remove(&fqdn)),
+        }
     }
 
     pub fn set_pod(&mut self, key: &Key, facts: Option<PodFacts>) {
@@ -254,19 +282,32 @@ impl World {
         (!namespace.contains('.')).then(|| Key::new(namespace, name))
     }
 
+    /// Whether the mesh has any ExternalName.
+    pub fn has_aliases(&self) -> bool {
+        self.aliases > 0
+    }
+
     /// What an ExternalName is another name for.
     pub fn alias_of(&self, fqdn: &str) -> Option<&str> {
         let service = self.services.get(&self.service_named(fqdn)?)?;
         service.alias_of.as_deref()
     }
 
+    /// The one host by which a caller of `namespace` reaches `fqdn`, if it is that of a Service and nothing else bears on
+    /// it: what is nearly always so.
+    pub fn only_provider(&self, namespace: &str, fqdn: &str) -> Option<&Host> {
+        let (host, facts) = self.service_of_name.get(fqdn)?;
+        let alone = facts.export_to.includes(namespace)
+            && !self.routes.contains_key(fqdn)
+            && self.wildcard_routes(fqdn).next().is_none();
+        alone.then_some(host)
+    }
+
     /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries call so; and
     /// what VirtualServices do. Those with wildcards make no host of their own.
     pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
-        let host = |key: &Key| Host {
-            namespace: key.namespace.clone(),
-            fqdn: fqdn.to_owned(),
-        };
+        let fqdn_: Arc<str> = fqdn.into();
+        let host = |key: &Key| Host::new(&*key.namespace, Arc::clone(&fqdn_));
         let service = self.service_named(fqdn).filter(|key| {
             self.services
                 .get(key)
@@ -311,10 +352,7 @@ impl World {
             }
             view.visible += 1;
             if facts.needs_scope {
-                let host = Host {
-                    namespace: key.namespace.clone(),
-                    fqdn: self.fqdn(key),
-                };
+                let host = Host::new(&*key.namespace, self.fqdn(key));
                 let shares = |port: &u16| self.http_ports.contains_key(port);
                 if !facts.headless && !facts.other_ports.iter().any(shares) {
                     view.non_http.insert(host.clone());
@@ -333,10 +371,7 @@ impl World {
             .filter(|(_, hosts)| hosts.export_to.includes(namespace))
         {
             for fqdn in &hosts.hosts {
-                let host = Host {
-                    namespace: key.namespace.clone(),
-                    fqdn: fqdn.clone(),
-                };
+                let host = Host::new(&*key.namespace, &**fqdn);
                 let service = self
                     .service_named(fqdn)
                     .and_then(|key| self.services.get(&key));

@@ -321,7 +321,7 @@ fn of_fences(world: &World, namespace: &str, edges: &BTreeSet<Edge>) -> BTreeSet
         // What is not the mesh's is nothing to learn: `unknown`, PassthroughCluster, names outside.
         if let Ok(host) = resolve(world, namespace, service) {
             let edges = fences.iter();
-            known.extend(edges.map(|fence| (fence.clone(), host.fqdn.clone())));
+            known.extend(edges.map(|fence| (fence.clone(), host.fqdn.to_string())));
         }
     }
     known
