@@ -126,7 +126,7 @@ impl Retention {
 }
 
 /// What becomes of hosts that the global proxy could not catch calls to, since they have ports that are not HTTP.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum NonHttp {
     /// They are in every scope.
     #[default]
@@ -188,7 +188,7 @@ impl FirstCall {
 }
 
 /// How a first call is answered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum FirstCallPolicy {
     /// It waits at the global proxy until the host is in the caller's scope; the caller's own proxy then calls the host
     /// itself, so that the callee sees who is calling. What cannot wait (long bodies, upgrades) is forwarded.

@@ -2,6 +2,7 @@
 //! what is read can be compared and written back whole. Proven in the lab against Istio's own CRDs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
@@ -64,10 +65,29 @@ pub struct EnvoyFilterSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workload_selector: Option<WorkloadSelector>,
     /// Each a patch of Envoy's own configuration, in Envoy's own words.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub config_patches: Vec<Value>,
+    #[serde(default, skip_serializing_if = "<[Value]>::is_empty")]
+    pub config_patches: Patches,
     #[serde(flatten)]
     pub other: Other,
+}
+
+/// Patches that many objects may share.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Value>")]
+pub struct Patches(Arc<Vec<Value>>);
+
+impl std::convert::From<Vec<Value>> for Patches {
+    fn from(patches: Vec<Value>) -> Self {
+        Self(Arc::new(patches))
+    }
+}
+
+impl std::ops::Deref for Patches {
+    type Target = [Value];
+
+    fn deref(&self) -> &[Value] {
+        &self.0
+    }
 }
 
 /// <https://istio.io/latest/docs/reference/config/networking/virtual-service/>

@@ -15,6 +15,7 @@ pub mod select;
 pub mod stage;
 mod write;
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,7 +63,7 @@ const PRUNE_AGAIN: Duration = Duration::from_secs(2);
 const CONCURRENCY: u16 = 32;
 
 /// What the planner must know of the installation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// The global proxy's Service.
     pub global_proxy: Key,
@@ -229,23 +230,20 @@ fn enqueue(
     queue: &mpsc::UnboundedSender<ObjectRef<ServiceFence>>,
 ) -> Fences {
     let world = Arc::clone(&context.world.borrow());
-    let finds = |fence: &ServiceFence| {
-        fence
-            .spec
-            .dependencies
-            .iter()
-            .any(|dependency| dependency.services.is_some())
-    };
-    for (key, fence) in &world.fences {
-        let wanted = concerned.all
-            || concerned.fences.contains(key)
-            || concerned.namespaces.contains(&key.namespace)
-            || (concerned.with_selectors && finds(fence));
-        if wanted
-            && queue
-                .send(ObjectRef::new(&key.name).within(&key.namespace))
-                .is_err()
-        {
+    let mut wanted: BTreeSet<&Key> = concerned
+        .fences
+        .iter()
+        .filter(|key| world.fences.contains_key(*key))
+        .collect();
+    for namespace in &concerned.namespaces {
+        wanted.extend(select::fences_in(&world, namespace).map(|(key, _)| key));
+    }
+    if concerned.all {
+        wanted.extend(world.fences.keys());
+    }
+    for key in wanted {
+        let fence = ObjectRef::new(&key.name).within(&key.namespace);
+        if queue.send(fence).is_err() {
             break;
         }
     }

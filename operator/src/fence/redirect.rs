@@ -60,11 +60,25 @@ pub(super) fn redirect(
     world: &World,
     settings: &Settings,
 ) -> Option<EnvoyFilterSpec> {
+    let first_call = fence.spec.first_call.clone().unwrap_or_default();
+    let kind = (first_call.policy, fence.spec.non_http);
+    let config_patches = world.redirect(settings, kind, || patches(kind, world, settings));
+    (!config_patches.is_empty()).then(|| EnvoyFilterSpec {
+        workload_selector: selector(labels.clone()),
+        config_patches,
+        ..EnvoyFilterSpec::default()
+    })
+}
+
+fn patches(
+    (policy, non_http): (FirstCallPolicy, NonHttp),
+    world: &World,
+    settings: &Settings,
+) -> Vec<Value> {
     let namespaces = world.namespaces.keys().map(String::as_str);
     let regex = authority_regex(namespaces, world.service_ranges(), &world.cluster_domain);
-    let first_call = fence.spec.first_call.clone().unwrap_or_default();
     // Of routes that are inserted first, the last comes out on top.
-    let routes = match first_call.policy {
+    let routes = match policy {
         FirstCallPolicy::None => Vec::new(),
         FirstCallPolicy::Forward => vec![forward(&regex, settings)],
         FirstCallPolicy::Hold => vec![
@@ -78,14 +92,10 @@ pub(super) fn redirect(
     let mut config_patches: Vec<Value> = redirects
         .flat_map(|vhost| routes.iter().map(|route| insert_first(vhost, route)))
         .collect();
-    if fence.spec.non_http == NonHttp::Learn {
+    if non_http == NonHttp::Learn {
         config_patches.push(report_connections(settings));
     }
-    (!config_patches.is_empty()).then(|| EnvoyFilterSpec {
-        workload_selector: selector(labels.clone()),
-        config_patches,
-        ..EnvoyFilterSpec::default()
-    })
+    config_patches
 }
 
 /// Connections that nothing in scope took are reported to the operator as they begin: a database's may last for days.

@@ -20,8 +20,10 @@ use kube::{Api, CustomResourceExt, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
-pub use super::task::Concerned;
-use super::task::{Change, WorldTask};
+use super::change::Change;
+pub use super::change::Concerned;
+use super::dependents::Dependents;
+use super::task::WorldTask;
 use super::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World, mesh_config};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
 use crate::fence::Settings;
@@ -169,6 +171,7 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
         changes: watches.changes,
         root_namespace: root_namespace.clone(),
         retired: 0,
+        dependents: Dependents::default(),
     };
     tokio::spawn(task.run(inbox, Arc::clone(metrics)));
     Feed {

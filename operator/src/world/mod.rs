@@ -1,10 +1,13 @@
 //! The mesh as the planners see it: an immutable snapshot, cheap to copy and to change, since its maps share structure.
 
+mod change;
+mod dependents;
 pub mod feed;
 mod hosts;
 mod mesh_config;
 mod policies;
 mod protection;
+mod redirects;
 mod task;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,6 +21,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
 pub use policies::PolicyFacts;
+use redirects::Redirects;
 
 /// What carries a pod's traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,6 +97,8 @@ pub struct View {
     pub non_http: BTreeSet<Host>,
 }
 
+type Namespaces = OrdMap<String, Arc<BTreeMap<String, String>>>;
+type Ranges = OrdMap<[u8; 2], usize>;
 type Views = Arc<Mutex<HashMap<String, Arc<View>>>>;
 
 /// The mesh at one moment.
@@ -100,7 +106,7 @@ type Views = Arc<Mutex<HashMap<String, Arc<View>>>>;
 pub struct World {
     pub cluster_domain: Arc<str>,
     /// Namespaces with their labels.
-    pub namespaces: OrdMap<String, Arc<BTreeMap<String, String>>>,
+    pub namespaces: Namespaces,
     pub services: OrdMap<Key, Arc<ServiceFacts>>,
     pub service_entries: OrdMap<Key, Arc<NamedHosts>>,
     pub virtual_services: OrdMap<Key, Arc<NamedHosts>>,
@@ -133,13 +139,14 @@ pub struct World {
     /// still route as it did then.
     lingering: OrdMap<String, (Key, usize)>,
     /// How many addresses of Services begin so.
-    service_ranges: OrdMap<[u8; 2], usize>,
+    service_ranges: Ranges,
     /// How many Services have this port for HTTP.
     http_ports: OrdMap<u16, usize>,
     /// How many Services are ExternalNames.
     aliases: usize,
     /// Worked out when first asked for, for the hosts as they are now.
     views: Views,
+    redirects: Redirects,
 }
 
 impl World {
@@ -171,6 +178,7 @@ impl World {
             http_ports: OrdMap::new(),
             aliases: 0,
             views: Views::default(),
+            redirects: Redirects::default(),
         }
     }
 

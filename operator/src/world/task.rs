@@ -5,73 +5,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Other, Sidecar};
-use fenceline_crds::{FencePolicy, ServiceFence};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use fenceline_crds::ServiceFence;
 use kube::runtime::reflector;
 use kube::runtime::watcher::Event;
 use tokio::sync::{mpsc, watch};
 
+use super::change::{Change, Concerned};
+use super::dependents::Dependents;
 use super::feed::{BACKLOG, fence_of};
-use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts, World};
+use super::{Key, PodFacts, PolicyFacts, ServiceFacts, World};
 use crate::fence::select::fences_of_pod;
 use crate::metrics::Metrics;
-
-/// What changed, already cut to what the world keeps.
-#[derive(Debug)]
-pub(super) enum Change {
-    Namespace(String, Option<BTreeMap<String, String>>),
-    Service(Key, Option<ServiceFacts>),
-    ServiceEntry(Key, Option<NamedHosts>),
-    VirtualService(Key, Option<NamedHosts>),
-    /// A policy, and whether Fenceline wrote it.
-    Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
-    Pod(Key, Option<PodFacts>),
-    /// A host that lost its protection has lost it everywhere.
-    Forgotten(String),
-    /// A policy that was taken away is no longer in force anywhere.
-    Retired(Key),
-    /// How many endpoints of the global proxy are ready, by slice.
-    GlobalProxy(Key, Option<usize>),
-    /// Time to see whether it came back.
-    LookForGlobalProxy,
-    Sidecar(Key, Option<Box<Sidecar>>),
-    EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
-    Fence(Key, Option<Box<ServiceFence>>),
-    FencePolicy(String, Option<Box<FencePolicy>>),
-    /// The hosts of MeshConfig's providers.
-    MeshConfig(BTreeSet<String>),
-    /// The CustomResourceDefinition of fences.
-    Definition(Option<OwnerReference>),
-    /// A watch has delivered all there is.
-    Synced(&'static str),
-}
-
-impl Change {
-    /// A route of the Gateway API of some kind. No VirtualService can have this name.
-    pub(super) fn route(kind: &str, key: Key, spec: Option<Other>, cluster_domain: &str) -> Self {
-        let hosts = spec.map(|spec| NamedHosts::of_route(&key.namespace, &spec, cluster_domain));
-        let name = format!("{kind}/{}", key.name);
-        Self::VirtualService(Key::new(key.namespace, name), hosts)
-    }
-}
 
 /// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
 const RETIREMENT: Duration = Duration::from_secs(15);
 
 /// How long the global proxy may be without endpoints before every fence says so.
 const GONE_AFTER: Duration = Duration::from_secs(5);
-
-/// Which fences a change concerns.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Concerned {
-    pub all: bool,
-    /// All of these namespaces.
-    pub namespaces: BTreeSet<String>,
-    pub fences: BTreeSet<Key>,
-    /// Those that find Services by label.
-    pub with_selectors: bool,
-}
 
 pub(super) struct WorldTask {
     pub world: World,
@@ -84,6 +34,7 @@ pub(super) struct WorldTask {
     pub root_namespace: String,
     /// How many policies were taken away so far.
     pub retired: u64,
+    pub dependents: Dependents,
 }
 
 impl WorldTask {
@@ -195,7 +146,10 @@ impl WorldTask {
                 }
                 set(&mut self.world.sidecars, key, object);
             }
-            Change::EnvoyFilter(key, object) => {
+            Change::EnvoyFilter(key, mut object) => {
+                if let Some(object) = &mut object {
+                    self.world.one_copy(&mut object.spec.config_patches);
+                }
                 let old = self.world.envoy_filters.get(&key).map(AsRef::as_ref);
                 let both = [old, object.as_deref()].into_iter().flatten();
                 concerned.fences.extend(both.filter_map(fence_of));
@@ -209,6 +163,8 @@ impl WorldTask {
                     workload.is_some_and(|workload| workload.whole_namespace)
                 };
                 let old = self.world.fences.get(&key).map(AsRef::as_ref);
+                let dependents = &mut self.dependents;
+                dependents.change(&key, old, object.as_deref(), &self.world);
                 if let Some(fence) = [old, object.as_deref()]
                     .into_iter()
                     .flatten()
@@ -316,11 +272,22 @@ impl WorldTask {
         let old = self.world.namespaces.get(&name);
         // The redirect lists the namespaces that exist.
         concerned.all |= old.is_some() != labels.is_some();
-        concerned.with_selectors |= old.map(AsRef::as_ref) != labels.as_ref();
+        if old.map(AsRef::as_ref) != labels.as_ref() {
+            concerned.fences.extend(self.dependents.finders().cloned());
+        }
         match labels {
             Some(labels) => drop(self.world.namespaces.insert(name, Arc::new(labels))),
             None => drop(self.world.namespaces.remove(&name)),
         }
+    }
+
+    /// Whether a policy names callers of Services in a namespace: their fences go by its labels.
+    fn is_under_a_policy(&self, namespace: &str) -> bool {
+        [namespace, &self.root_namespace].into_iter().any(|of| {
+            let policies = self.world.policies.range(Key::new(of, "")..);
+            let mut policies = policies.take_while(|(key, _)| key.namespace == of);
+            policies.any(|(_, policy)| !policy.callers.is_empty())
+        })
     }
 
     fn service(&mut self, key: &Key, facts: Option<ServiceFacts>, concerned: &mut Concerned) {
@@ -342,11 +309,25 @@ impl WorldTask {
         let first = |host: &String| host.split('.').next() == Some(&key.name);
         concerned.all |=
             old.is_some() != facts.is_some() && self.world.mesh_config.iter().any(first);
-        concerned.namespaces.insert(key.namespace.clone());
-        concerned.with_selectors = true;
+        // Its pods, which others may select too.
+        let pods = |facts: Option<&ServiceFacts>| {
+            facts.map(|facts| {
+                (
+                    facts.selector.clone(),
+                    facts.labels.clone(),
+                    facts.external_name,
+                )
+            })
+        };
+        if pods(old.map(AsRef::as_ref)) != pods(facts.as_ref()) {
+            concerned.namespaces.insert(key.namespace.clone());
+            concerned.all |= self.is_under_a_policy(&key.namespace);
+        }
+        let fqdn = self.world.fqdn(key);
+        let touched = self.dependents.of(&fqdn).chain(self.dependents.finders());
+        concerned.fences.extend(touched.cloned());
         let ranges: Vec<_> = self.world.service_ranges().collect();
         let ports: Vec<_> = self.world.http_ports().collect();
-        let fqdn = self.world.fqdn(key);
         self.change_hosts([fqdn].into(), |world| world.set_service(key, facts));
         // The redirect lists them.
         concerned.all |= !self.world.service_ranges().eq(ranges);
@@ -366,6 +347,7 @@ fn set<T>(map: &mut imbl::OrdMap<Key, Arc<T>>, key: Key, value: Option<Box<T>>) 
 mod tests {
     use super::*;
     use crate::testing::{policy, service, settings, virtual_service, world};
+    use crate::world::NamedHosts;
 
     fn task(world: World) -> WorldTask {
         let (changes, _) = mpsc::channel(1);
@@ -379,6 +361,7 @@ mod tests {
             changes,
             root_namespace: settings().root_namespace,
             retired: 0,
+            dependents: Dependents::default(),
         }
     }
 

@@ -1,0 +1,57 @@
+//! What the watches report, and which fences to look at again for it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Other, Sidecar};
+use fenceline_crds::{FencePolicy, ServiceFence};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts};
+
+/// What changed, already cut to what the world keeps.
+#[derive(Debug)]
+pub(super) enum Change {
+    Namespace(String, Option<BTreeMap<String, String>>),
+    Service(Key, Option<ServiceFacts>),
+    ServiceEntry(Key, Option<NamedHosts>),
+    VirtualService(Key, Option<NamedHosts>),
+    /// A policy, and whether Fenceline wrote it.
+    Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
+    Pod(Key, Option<PodFacts>),
+    /// A host that lost its protection has lost it everywhere.
+    Forgotten(String),
+    /// A policy that was taken away is no longer in force anywhere.
+    Retired(Key),
+    /// How many endpoints of the global proxy are ready, by slice.
+    GlobalProxy(Key, Option<usize>),
+    /// Time to see whether it came back.
+    LookForGlobalProxy,
+    Sidecar(Key, Option<Box<Sidecar>>),
+    EnvoyFilter(Key, Option<Box<EnvoyFilter>>),
+    Fence(Key, Option<Box<ServiceFence>>),
+    FencePolicy(String, Option<Box<FencePolicy>>),
+    /// The hosts of MeshConfig's providers.
+    MeshConfig(BTreeSet<String>),
+    /// The CustomResourceDefinition of fences.
+    Definition(Option<OwnerReference>),
+    /// A watch has delivered all there is.
+    Synced(&'static str),
+}
+
+impl Change {
+    /// A route of the Gateway API of some kind. No VirtualService can have this name.
+    pub(super) fn route(kind: &str, key: Key, spec: Option<Other>, cluster_domain: &str) -> Self {
+        let hosts = spec.map(|spec| NamedHosts::of_route(&key.namespace, &spec, cluster_domain));
+        let name = format!("{kind}/{}", key.name);
+        Self::VirtualService(Key::new(key.namespace, name), hosts)
+    }
+}
+
+/// Which fences a change concerns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Concerned {
+    pub all: bool,
+    /// All of these namespaces.
+    pub namespaces: BTreeSet<String>,
+    pub fences: BTreeSet<Key>,
+}
