@@ -174,6 +174,24 @@ impl Lab {
         Ok(kib.context("no VmRSS")?.trim().parse()?)
     }
 
+    /// The processor time that the operator has had, in all its threads.
+    ///
+    /// # Errors
+    /// Fails when it does not run.
+    pub fn operator_cpu(&self, name: &str) -> anyhow::Result<std::time::Duration> {
+        let id = self.running(SYSTEM, name)?.app_id()?;
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))?;
+        // The name, in parentheses, may have spaces. Then utime and stime are the 12th and 13th (proc_pid_stat(5)).
+        let fields = stat.rsplit_once(") ").context("no stat")?.1.split(' ');
+        let ticks: u64 = fields
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok())
+            .sum();
+        let per_second = rustix::param::clock_ticks_per_second();
+        Ok(std::time::Duration::from_millis(ticks * 1000 / per_second))
+    }
+
     /// A metric of the operator, summed over the series whose labels contain `labels`.
     ///
     /// # Errors

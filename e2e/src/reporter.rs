@@ -20,9 +20,17 @@ pub struct Entry {
     pub authority: Option<String>,
 }
 
+/// How entries are reported.
+#[derive(Clone, Copy, Debug)]
+pub struct Volume {
+    /// How many a message has.
+    pub batch: usize,
+    /// How often all of them are sent.
+    pub times: usize,
+}
+
 impl Lab {
-    /// Reports entries from inside a pod, through its sidecar if it has one. Returns what the reporter complained of
-    /// where it was refused.
+    /// Reports entries once, in one message, as [`Self::report_many`] does.
     ///
     /// # Errors
     /// Fails when the reporter cannot run.
@@ -32,6 +40,26 @@ impl Lab {
         to: SocketAddr,
         forwarded: Option<&str>,
         entries: &[Entry],
+    ) -> anyhow::Result<Result<(), String>> {
+        let volume = Volume {
+            batch: entries.len().max(1),
+            times: 1,
+        };
+        self.report_many(pod, to, forwarded, entries, volume).await
+    }
+
+    /// Reports entries from inside a pod, through its sidecar if it has one. Returns what the reporter complained of
+    /// where it was refused.
+    ///
+    /// # Errors
+    /// Fails when the reporter cannot run.
+    pub async fn report_many(
+        &self,
+        pod: (&str, &str),
+        to: SocketAddr,
+        forwarded: Option<&str>,
+        entries: &[Entry],
+        volume: Volume,
     ) -> anyhow::Result<Result<(), String>> {
         let mut lines = tempfile::tempfile()?;
         for entry in entries {
@@ -43,6 +71,8 @@ impl Lab {
             .command(&self.tools.lab_reporter);
         command
             .args(["--to", &to.to_string()])
+            .args(["--batch", &volume.batch.to_string()])
+            .args(["--times", &volume.times.to_string()])
             .stdin(Stdio::from(lines));
         if let Some(forwarded) = forwarded {
             command.args(["--forwarded", forwarded]);

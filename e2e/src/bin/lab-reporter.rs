@@ -30,25 +30,41 @@ struct Args {
     /// Claims to be vouched for, as `x-forwarded-client-cert`.
     #[arg(long)]
     forwarded: Option<String>,
+    /// How many entries a message has.
+    #[arg(long)]
+    batch: usize,
+    /// How often all of them are sent.
+    #[arg(long)]
+    times: usize,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Args { to, forwarded } = Args::parse();
+    let Args {
+        to,
+        forwarded,
+        batch,
+        times,
+    } = Args::parse();
     let entries = std::io::stdin().lock().lines().map(|line| {
         let entry: Entry = serde_json::from_str(&line?)?;
         Ok(encode(entry))
     });
     let log_entry: Vec<HttpAccessLogEntry> = entries.collect::<anyhow::Result<_>>()?;
-    let message = StreamAccessLogsMessage {
-        log_entries: Some(LogEntries::HttpLogs(HttpAccessLogEntries { log_entry })),
+    let message = |entries: &[HttpAccessLogEntry]| StreamAccessLogsMessage {
+        log_entries: Some(LogEntries::HttpLogs(HttpAccessLogEntries {
+            log_entry: entries.to_vec(),
+        })),
         ..StreamAccessLogsMessage::default()
     };
+    let messages: Vec<_> = log_entry.chunks(batch).map(message).collect();
+    let many = messages.len() * times;
+    let messages = messages.into_iter().cycle().take(many);
     let channel = tonic::transport::Endpoint::from_shared(format!("http://{to}"))?
         .origin("http://fenceline.fenceline-system.svc.cluster.local:18100".parse()?)
         .connect()
         .await?;
-    let mut request = tonic::Request::new(tokio_stream::once(message));
+    let mut request = tonic::Request::new(tokio_stream::iter(messages));
     if let Some(forwarded) = forwarded {
         request
             .metadata_mut()

@@ -2,6 +2,7 @@
 //! one JSON object. Without a name all of them run, and `target/bench.md` has the table.
 
 mod first_call;
+mod ingest;
 mod learn;
 mod numbers;
 mod plan;
@@ -32,12 +33,14 @@ enum Bench {
     Learn(learn::Flags),
     /// First calls from the application's side.
     FirstCall(first_call::Flags),
+    /// Access log entries by the million.
+    Ingest(ingest::Flags),
     /// The pure planner.
     Plan(plan::Flags),
 }
 
 /// In the order in which all of them run.
-const NAMES: [&str; 4] = ["plan", "learn", "first-call", "scope"];
+const NAMES: [&str; 5] = ["plan", "ingest", "learn", "first-call", "scope"];
 
 fn main() -> anyhow::Result<()> {
     let Some(bench) = Args::parse().bench else {
@@ -48,6 +51,7 @@ fn main() -> anyhow::Result<()> {
         _ if !isolate::is_inside() => return inside(),
         Bench::Scope(flags) => measured(async |lab| scope::run(lab, flags).await)?,
         Bench::Learn(flags) => measured(async |lab| learn::run(lab, flags).await)?,
+        Bench::Ingest(flags) => measured(async |lab| ingest::run(lab, flags).await)?,
         Bench::FirstCall(flags) => measured(async |lab| first_call::run(lab, flags).await)?,
     };
     println!("{figures}");

@@ -15,6 +15,13 @@ pub(super) fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 10_000.0).round() / 10.0
 }
 
+/// Of kibibytes.
+pub(super) fn megabytes(kib: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "memory has no such size")]
+    let bytes = kib as f64 * 1024.0;
+    (bytes / 1e5).round() / 10.0
+}
+
 /// This process's memory, in megabytes.
 pub(super) fn resident_mb() -> anyhow::Result<f64> {
     status_mb("VmRSS:")
