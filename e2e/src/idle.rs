@@ -62,6 +62,33 @@ impl Lab {
             .await
     }
 
+    /// Makes HTTP services by number that select pods, of which there are none.
+    ///
+    /// # Errors
+    /// Fails when the API refuses one.
+    pub async fn fenceable_services(&self, numbers: Range<usize>) -> anyhow::Result<()> {
+        let namespace = |number: usize| format!("team-{}", number / PER_NAMESPACE);
+        for number in numbers.clone().filter(|number| number % PER_NAMESPACE == 0) {
+            self.namespace(&namespace(number)).await?;
+        }
+        stream::iter(numbers)
+            .map(async |number| {
+                let name = format!("service-{number}");
+                let service = json!({
+                    "metadata": {"name": name},
+                    "spec": {"selector": {"app": name}, "ports": [{"name": "http", "port": 80}]},
+                });
+                let services: Api<Service> =
+                    Api::namespaced(self.client.clone(), &namespace(number));
+                let service = serde_json::from_value(service)?;
+                services.create(&PostParams::default(), &service).await?;
+                Ok(())
+            })
+            .buffer_unordered(16)
+            .try_collect()
+            .await
+    }
+
     async fn idle_service(&self, number: usize) -> anyhow::Result<()> {
         let namespace = format!("idle-{}", number / PER_NAMESPACE);
         let name = format!("service-{number}");

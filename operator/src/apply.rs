@@ -60,6 +60,8 @@ pub trait Owned:
 {
     type Spec: PartialEq + Serialize + Sync;
     const KIND: &'static str;
+    /// Whether istiod makes configuration of it, and so should not get too many at once.
+    const FOR_ISTIOD: bool = true;
 
     fn spec(&self) -> &Self::Spec;
 }
@@ -94,6 +96,7 @@ impl Owned for AuthorizationPolicy {
 impl Owned for ServiceFence {
     type Spec = fenceline_crds::ServiceFenceSpec;
     const KIND: &'static str = "ServiceFence";
+    const FOR_ISTIOD: bool = false;
 
     fn spec(&self) -> &Self::Spec {
         &self.spec
@@ -143,7 +146,7 @@ impl Writer {
             _ => {}
         }
         let params = PatchParams::apply(MANAGER).force();
-        self.budget.wait().await;
+        self.wait::<K>().await;
         let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
         if let Err(kube::Error::Api(status)) = &written
             && status.is_conflict()
@@ -167,6 +170,12 @@ impl Writer {
             written = self.done(K::KIND, "apply", &object, patched)?;
         }
         Ok(Some(written))
+    }
+
+    async fn wait<K: Owned>(&self) {
+        if K::FOR_ISTIOD {
+            self.budget.wait().await;
+        }
     }
 
     async fn live<K: Owned>(&self, api: &Api<K>, object: &Key) -> Result<Option<K>, Error> {
@@ -211,7 +220,7 @@ impl Writer {
             ..DeleteParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
-        self.budget.wait().await;
+        self.wait::<K>().await;
         match within(api.delete(&object.name, &params)).await {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
             Err(kube::Error::Api(status)) if status.is_conflict() => Err(Error::Changed {

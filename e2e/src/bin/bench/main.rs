@@ -1,6 +1,7 @@
 //! `make bench`: what Fenceline saves and what it costs, on a real mesh on this machine. `bench NAME` runs one; its last line is
 //! one JSON object. Without a name all of them run, and `target/bench.md` has the table.
 
+mod fence;
 mod first_call;
 mod ingest;
 mod learn;
@@ -33,6 +34,8 @@ enum Bench {
     Learn(learn::Flags),
     /// First calls from the application's side.
     FirstCall(first_call::Flags),
+    /// A policy switched on.
+    Fence(fence::Flags),
     /// Access log entries by the million.
     Ingest(ingest::Flags),
     /// The pure planner.
@@ -40,7 +43,7 @@ enum Bench {
 }
 
 /// In the order in which all of them run.
-const NAMES: [&str; 5] = ["plan", "ingest", "learn", "first-call", "scope"];
+const NAMES: [&str; 6] = ["plan", "ingest", "fence", "learn", "first-call", "scope"];
 
 fn main() -> anyhow::Result<()> {
     let Some(bench) = Args::parse().bench else {
@@ -51,6 +54,7 @@ fn main() -> anyhow::Result<()> {
         _ if !isolate::is_inside() => return inside(),
         Bench::Scope(flags) => measured(async |lab| scope::run(lab, flags).await)?,
         Bench::Learn(flags) => measured(async |lab| learn::run(lab, flags).await)?,
+        Bench::Fence(flags) => measured(async |lab| fence::run(lab, flags).await)?,
         Bench::Ingest(flags) => measured(async |lab| ingest::run(lab, flags).await)?,
         Bench::FirstCall(flags) => measured(async |lab| first_call::run(lab, flags).await)?,
     };
