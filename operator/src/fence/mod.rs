@@ -7,6 +7,7 @@ pub mod learn;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
+mod queue;
 pub mod redirect;
 pub mod retain;
 mod said;
@@ -35,6 +36,7 @@ use crate::clock::Clock;
 use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
 use crate::fence::plan::{Plan, Verdict, plan};
+use crate::fence::queue::Queue;
 pub use crate::fence::write::Recent;
 use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
@@ -157,7 +159,7 @@ pub async fn run(
     // What came while another replica led is covered by looking at everything once.
     while concerned.try_recv().is_ok() {}
     while arrived.try_recv().is_ok() {}
-    let (queue, requests) = mpsc::unbounded_channel();
+    let (queue, requests) = Queue::new();
     let everything = Concerned {
         all: true,
         ..Concerned::default()
@@ -189,15 +191,19 @@ pub async fn run(
             }
         }
     };
-    let work = reconciliations(&context, fences, requests);
-    tokio::join!(feed, pruning, work.for_each(|()| std::future::ready(())));
+    let work = reconciliations(&context, fences, requests).for_each(|fence| {
+        fence.iter().for_each(|fence| queue.done(fence));
+        std::future::ready(())
+    });
+    tokio::join!(feed, pruning, work);
 }
 
+/// Each fence that was worked on, or is gone.
 fn reconciliations(
     context: &Arc<Context>,
     fences: Store<ServiceFence>,
     requests: mpsc::UnboundedReceiver<ObjectRef<ServiceFence>>,
-) -> impl Stream<Item = ()> + use<> {
+) -> impl Stream<Item = Option<Key>> + use<> {
     let requests = UnboundedReceiverStream::new(requests)
         .map(|fence| Ok::<_, Infallible>(ReconcileRequest::from(fence)));
     applier(
@@ -212,7 +218,17 @@ fn reconciliations(
         requests,
         Config::default().concurrency(CONCURRENCY),
     )
-    .map(|_| ())
+    .map(|result| {
+        use kube::runtime::controller::Error::{ObjectNotFound, ReconcilerFailed};
+        let (namespace, name) = match result {
+            Ok((fence, _)) => (fence.namespace, fence.name),
+            Err(ReconcilerFailed(_, fence) | ObjectNotFound(fence)) => {
+                (fence.namespace, fence.name)
+            }
+            Err(_) => return None,
+        };
+        Some(Key::new(namespace.unwrap_or_default(), name))
+    })
 }
 
 /// Whether fences that a change concerns exist.
@@ -224,29 +240,18 @@ enum Fences {
 }
 
 /// Puts every fence that a change concerns into the queue.
-fn enqueue(
-    context: &Context,
-    concerned: &Concerned,
-    queue: &mpsc::UnboundedSender<ObjectRef<ServiceFence>>,
-) -> Fences {
+fn enqueue(context: &Context, concerned: &Concerned, queue: &Queue) -> Fences {
     let world = Arc::clone(&context.world.borrow());
-    let mut wanted: BTreeSet<&Key> = concerned
-        .fences
-        .iter()
-        .filter(|key| world.fences.contains_key(*key))
-        .collect();
+    let there = concerned.fences.iter().cloned();
+    let about = there.filter(|key| world.fences.contains_key(key)).collect();
+    let mut others: BTreeSet<Key> = BTreeSet::new();
     for namespace in &concerned.namespaces {
-        wanted.extend(select::fences_in(&world, namespace).map(|(key, _)| key));
+        others.extend(select::fences_in(&world, namespace).map(|(key, _)| key.clone()));
     }
     if concerned.all {
-        wanted.extend(world.fences.keys());
+        others.extend(world.fences.keys().cloned());
     }
-    for key in wanted {
-        let fence = ObjectRef::new(&key.name).within(&key.namespace);
-        if queue.send(fence).is_err() {
-            break;
-        }
-    }
+    queue.put(about, others);
     let mut fences = Fences::There;
     for key in &concerned.fences {
         if !world.fences.contains_key(key) {
