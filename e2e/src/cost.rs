@@ -37,7 +37,7 @@ impl Lab {
         });
         let hosts: BTreeSet<&str> = hosts.collect();
         let received = pod
-            .envoy("/stats?filter=^cluster.xds-grpc.upstream_cx_rx_bytes_total$")
+            .envoy("/stats?filter=^cluster.xds-grpc;?.upstream_cx_rx_bytes_total$")
             .await?;
         let received = received.trim().rsplit(' ').next().unwrap_or_default();
         #[expect(clippy::cast_precision_loss, reason = "shown in megabytes")]
