@@ -4,14 +4,16 @@
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
+use fenceline_e2e::install::{OPERATOR, SYSTEM};
 use fenceline_e2e::reporter::{Entry, Volume};
-use fenceline_e2e::{Lab, PATIENCE};
+use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 use serde_json::{Value, json};
 
 use super::numbers::megabytes;
 
 const CLIENT: (&str, &str) = ("shop", "client");
+const TWIN: (&str, &str) = (SYSTEM, "twin");
+const GLOBAL_PROXY_ACCOUNT: &str = "global-proxy";
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -39,6 +41,10 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
     lab.workload(CLIENT, &[80]).await?;
     lab.fence(CLIENT, "{}").await?;
     lab.until_reason(CLIENT, "Enforced").await?;
+    // The global proxy's identity, and a sidecar that takes in what is called from beside it.
+    let mut twin = PodSpec::new(TWIN.0, TWIN.1);
+    twin.service_account = GLOBAL_PROXY_ACCOUNT.to_owned();
+    lab.pod(twin).await?;
     let known: Vec<Entry> = (0..flags.edges)
         .map(|number| entry(lab, format!("service-{number}.idle-{}", number / 50)))
         .collect::<anyhow::Result<_>>()?;
@@ -123,9 +129,8 @@ async fn report(lab: &Lab, entries: &[Entry], volume: Volume) -> anyhow::Result<
     let (before, written) = (observed().await?, lab.writes(OPERATOR).await?);
     let cpu = lab.operator_cpu(OPERATOR)?;
     let started = Instant::now();
-    let operator = (lab.running(SYSTEM, OPERATOR)?.ip, 18100).into();
-    let from = (SYSTEM, GLOBAL_PROXY);
-    lab.report_many(from, operator, None, entries, volume)
+    let operator = lab.resolve(SYSTEM, "fenceline", 18100).await?;
+    lab.report_many(TWIN, operator, None, entries, volume)
         .await?
         .map_err(anyhow::Error::msg)?;
     #[expect(clippy::cast_precision_loss, reason = "small numbers")]
