@@ -150,7 +150,7 @@ fn a_whole_namespace_and_pods_without_a_service() {
         }
         lab.namespace("empty").await?;
         let whole = "{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, \
-                     values: [shop, empty]}]}, granularity: Namespace}";
+                     values: [shop, empty]}]}, granularity: Namespace, template: {firstCall: {holdFor: 5s}}}";
         lab.apply(&format!("{POLICY} {whole}}}")).await?;
         until_fenced(
             lab,
@@ -173,7 +173,8 @@ fn a_whole_namespace_and_pods_without_a_service() {
 
         // A job: no Service, and yet a fence.
         lab.pod(PodSpec::new("bank", "job")).await?;
-        let workloads = "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: bank}}, granularity: Workload}";
+        let workloads = "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: bank}}, granularity: Workload, \
+                         template: {firstCall: {holdFor: 5s}}}";
         lab.apply(&format!("{POLICY} {workloads}}}")).await?;
         until_fenced(lab, &["bank/ledger Enforced", "bank/workload-job Enforced"]).await?;
         lab.until_forgotten(("bank", "job"), "reviews.shop.svc.cluster.local")
