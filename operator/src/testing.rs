@@ -24,17 +24,7 @@ pub(crate) fn world() -> World {
 
 /// What an installation with every default has.
 pub(crate) fn settings() -> Settings {
-    Settings {
-        global_proxy: Key::new("fenceline-system", "global-proxy"),
-        ask_port: 15080,
-        forward_port: 15088,
-        operator: Key::new("fenceline-system", "fenceline"),
-        callers_port: 18101,
-        cluster_domain: "cluster.local".into(),
-        trust_domain: "cluster.local".into(),
-        root_namespace: "istio-system".into(),
-        mesh_config: Key::new("istio-system", "istio"),
-    }
+    Settings::default()
 }
 
 /// Parses YAML.

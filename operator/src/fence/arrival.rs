@@ -248,11 +248,8 @@ impl Arrivals {
 
 /// The pods whose proxies take in what is written for these labels.
 fn addresses(namespace: &str, labels: &Labels, world: &World) -> Vec<IpAddr> {
-    let of_namespace = world
-        .sidecars
-        .range(Key::new(namespace, "")..)
-        .take_while(|(key, _)| key.namespace == namespace && labels.is_empty());
-    let selectors = of_namespace.filter_map(|(_, sidecar)| sidecar.spec.workload_selector.as_ref());
+    let others = select::sidecars_in(world, namespace).filter(|_| labels.is_empty());
+    let selectors = others.filter_map(|(_, sidecar)| sidecar.spec.workload_selector.as_ref());
     let others: Vec<&Labels> = selectors.map(|selector| &selector.labels).collect();
     select::pods_of(world, namespace, labels)
         .filter(|pod| pod.runs && pod.proxy == Proxy::Sidecar)
@@ -274,17 +271,16 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Waits until each proxy has taken configuration without refusing any since, or is gone.
 async fn until_cured(eyes: &Eyes, mut ill: Vec<(IpAddr, State)>) {
-    let mut silent: HashMap<IpAddr, u32> = HashMap::new();
+    let mut silent = Silent::default();
     while !ill.is_empty() {
         tokio::time::sleep(LOOK_AGAIN).await;
         let pods = ill.iter().map(|(pod, _)| *pod).collect();
         let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
         ill.retain_mut(|(pod, before)| {
             let Some(now) = now.get(pod) else {
-                let times = silent.entry(*pod).or_default();
-                *times += 1;
-                return *times < GONE;
+                return silent.may_answer(*pod);
             };
+            silent.answered(*pod);
             if now.is_well_since(before) {
                 return false;
             }
@@ -299,11 +295,28 @@ async fn until_cured(eyes: &Eyes, mut ill: Vec<(IpAddr, State)>) {
 /// How often a proxy may fail to answer before it is taken to be gone.
 const GONE: u32 = 6;
 
+/// Proxies that did not answer, and how often in a row.
+#[derive(Debug, Default)]
+struct Silent(HashMap<IpAddr, u32>);
+
+impl Silent {
+    /// A proxy did not answer; says whether it may yet.
+    fn may_answer(&mut self, pod: IpAddr) -> bool {
+        let times = self.0.entry(pod).or_default();
+        *times += 1;
+        *times < GONE
+    }
+
+    fn answered(&mut self, pod: IpAddr) {
+        self.0.remove(&pod);
+    }
+}
+
 /// Waits until each proxy has taken in a change of listeners since, and nothing of it warms; one that is gone is not waited
 /// for.
 async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: Duration) -> Heard {
     let mut heard = Heard::default();
-    let mut silent: HashMap<IpAddr, u32> = HashMap::new();
+    let mut silent = Silent::default();
     let started = Instant::now();
     let mut pause = ASK;
     tokio::time::sleep(EARLIEST).await;
@@ -312,11 +325,9 @@ async fn until_heard(eyes: &Eyes, mut waiting: Vec<(IpAddr, State)>, patience: D
         let now: HashMap<IpAddr, State> = look(eyes, pods).await.into_iter().collect();
         waiting.retain(|(pod, before)| {
             let Some(now) = now.get(pod) else {
-                let times = silent.entry(*pod).or_default();
-                *times += 1;
-                return *times < GONE;
+                return silent.may_answer(*pod);
             };
-            silent.remove(pod);
+            silent.answered(*pod);
             let refused = now.rejected > before.rejected;
             if refused {
                 heard.rejected.push((*pod, *now));

@@ -16,13 +16,9 @@ use crate::world::{Key, PodFacts, Proxy, World};
 pub(super) fn foreign_sidecars(fence: &ServiceFence, labels: &Labels, world: &World) -> Vec<Key> {
     let namespace = fence.metadata.namespace.as_deref().unwrap_or_default();
     let ours = object_name(&fence.name_any());
-    let of_namespace = world
-        .sidecars
-        .range(Key::new(namespace, "")..)
-        .take_while(|(key, _)| key.namespace == namespace);
-    of_namespace
+    select::sidecars_in(world, namespace)
         .filter(|(key, sidecar)| {
-            let foreign = fence_of(sidecar.as_ref()).is_none();
+            let foreign = fence_of(*sidecar).is_none();
             foreign && (key.name == ours || selects(sidecar, labels, namespace, world))
         })
         .map(|(key, _)| key.clone())

@@ -85,6 +85,23 @@ pub struct Settings {
     pub mesh_config: Key,
 }
 
+/// What an installation has that changes nothing.
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            global_proxy: Key::new("fenceline-system", "global-proxy"),
+            ask_port: 15080,
+            forward_port: 15088,
+            operator: Key::new("fenceline-system", "fenceline"),
+            callers_port: 18101,
+            cluster_domain: "cluster.local".into(),
+            trust_domain: "cluster.local".into(),
+            root_namespace: "istio-system".into(),
+            mesh_config: Key::new("istio-system", "istio"),
+        }
+    }
+}
+
 impl Settings {
     pub fn global_proxy_host(&self) -> String {
         self.global_proxy().fqdn.to_string()

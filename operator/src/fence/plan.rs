@@ -12,7 +12,7 @@ use super::conflict::{Outside, foreign_sidecars, senior_fences};
 use super::explain::Why;
 use super::redirect::redirect;
 use super::scope::scope;
-use super::select::{self, Labels, NoPods};
+use super::select::{self, Labels, NoPods, is_of_namespace};
 use super::stage::EVERYTHING;
 use super::{Settings, owned};
 use crate::world::{Host, Key, World};
@@ -145,11 +145,7 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
 /// Whether a fence for the whole namespace is to be in force.
 fn is_fenced(namespace: &str, world: &World) -> bool {
     let mut fences = select::fences_in(world, namespace);
-    fences.any(|(_, fence)| {
-        let workload = fence.spec.workload.as_ref();
-        let whole = workload.is_some_and(|workload| workload.whole_namespace);
-        whole && fence.spec.mode == Mode::Enforce
-    })
+    fences.any(|(_, fence)| is_of_namespace(fence) && fence.spec.mode == Mode::Enforce)
 }
 
 /// The first answer of Prometheus about a fence is history.

@@ -226,12 +226,8 @@ fn unused(world: &World, fence: &Key, due: &BTreeSet<String>, past: &Past) -> BT
         .filter_map(|workload| past.calls.get(workload))
         .flatten()
         .filter_map(|host| {
-            Some(
-                resolve(world, &fence.namespace, host)
-                    .ok()?
-                    .fqdn
-                    .to_string(),
-            )
+            let host = resolve(world, &fence.namespace, host).ok()?;
+            Some(host.fqdn.to_string())
         })
         .collect();
     // Istio counts a request for the host that a route led it to.

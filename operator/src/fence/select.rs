@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use fenceline_crds::ServiceFence;
+use fenceline_crds::istio::Sidecar;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::core::Selector;
 
@@ -19,15 +20,21 @@ pub enum NoPods {
     ServiceWithoutSelector(String),
 }
 
+/// Whether a fence is for its whole namespace.
+pub fn is_of_namespace(fence: &ServiceFence) -> bool {
+    let workload = fence.spec.workload.as_ref();
+    workload.is_some_and(|workload| workload.whole_namespace)
+}
+
 /// The labels of the fence's pods; none for a whole namespace, since an empty selector means just that.
 ///
 /// # Errors
 /// Says why there are none.
 pub fn labels(fence: &ServiceFence, world: &World) -> Result<Labels, NoPods> {
-    let workload = fence.spec.workload.clone().unwrap_or_default();
-    if workload.whole_namespace {
+    if is_of_namespace(fence) {
         return Ok(Labels::new());
     }
+    let workload = fence.spec.workload.clone().unwrap_or_default();
     if let Some(selector) = workload.selector
         && !selector.match_labels.is_empty()
     {
@@ -67,6 +74,18 @@ pub fn fences_in<'a>(
         .range(from..)
         .take_while(move |(key, _)| key.namespace == namespace)
         .map(|(key, fence)| (key, fence.as_ref()))
+}
+
+/// The Sidecars of `namespace`, whoever wrote them.
+pub fn sidecars_in<'a>(
+    world: &'a World,
+    namespace: &'a str,
+) -> impl Iterator<Item = (&'a Key, &'a Sidecar)> {
+    world
+        .sidecars
+        .range(Key::new(namespace, "")..)
+        .take_while(move |(key, _)| key.namespace == namespace)
+        .map(|(key, sidecar)| (key, sidecar.as_ref()))
 }
 
 /// The pods of `namespace`.

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use kube::api::ObjectMeta;
 
 use super::plan::{Objects, Verdict, object_key};
-use super::select::Labels;
+use super::select::{self, Labels};
 use super::stage;
 use super::{CONCURRENCY, Context, Error};
 use crate::apply::{self, Owned};
@@ -135,16 +135,12 @@ fn is_of(sidecar: &Sidecar, fence: &Key) -> bool {
 }
 
 /// What pods with these labels have where this fence has no Sidecar: that of their whole namespace, if there is one.
-fn ground<'a>(fence: &Key, labels: &Labels, world: &'a World) -> Option<&'a Sidecar> {
+fn ground<'a>(fence: &'a Key, labels: &Labels, world: &'a World) -> Option<&'a Sidecar> {
     if labels.is_empty() {
         return None;
     }
-    let of_namespace = world
-        .sidecars
-        .range(Key::new(&*fence.namespace, "")..)
-        .take_while(|(key, _)| key.namespace == fence.namespace);
-    of_namespace
-        .map(|(_, sidecar)| sidecar.as_ref())
+    select::sidecars_in(world, &fence.namespace)
+        .map(|(_, sidecar)| sidecar)
         .find(|sidecar| self::labels(sidecar).is_empty())
 }
 

@@ -314,8 +314,8 @@ impl World {
     /// The hosts by which a caller of `namespace` reaches `fqdn`: a Service, or else what ServiceEntries call so; and
     /// what VirtualServices do. Those with wildcards make no host of their own.
     pub fn providers(&self, namespace: &str, fqdn: &str) -> BTreeSet<Host> {
-        let fqdn_: Arc<str> = fqdn.into();
-        let host = |key: &Key| Host::new(&*key.namespace, Arc::clone(&fqdn_));
+        let name: Arc<str> = fqdn.into();
+        let host = |key: &Key| Host::new(&*key.namespace, Arc::clone(&name));
         let service = self.service_named(fqdn).filter(|key| {
             self.services
                 .get(key)

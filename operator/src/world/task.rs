@@ -14,7 +14,7 @@ use super::change::{Change, Concerned};
 use super::dependents::Dependents;
 use super::feed::{BACKLOG, fence_of};
 use super::{Key, PodFacts, PolicyFacts, ServiceFacts, World};
-use crate::fence::select::fences_of_pod;
+use crate::fence::select::{fences_of_pod, is_of_namespace};
 use crate::metrics::Metrics;
 
 /// istiod's longest debounce (`PILOT_DEBOUNCE_MAX`) and some.
@@ -158,22 +158,14 @@ impl WorldTask {
             Change::Fence(key, object) => {
                 concerned.fences.insert(key.clone());
                 // One for the whole namespace makes the others write something else.
-                let whole = |fence: &ServiceFence| {
-                    let workload = fence.spec.workload.as_ref();
-                    workload.is_some_and(|workload| workload.whole_namespace)
-                };
                 let old = self.world.fences.get(&key).map(AsRef::as_ref);
                 let dependents = &mut self.dependents;
                 dependents.change(&key, old, object.as_deref(), &self.world);
-                if let Some(fence) = [old, object.as_deref()]
-                    .into_iter()
-                    .flatten()
-                    .find(|fence| whole(fence))
+                let both = [old, object.as_deref()];
+                if both.into_iter().flatten().any(is_of_namespace)
                     && old.map(|old| &old.spec) != object.as_deref().map(|new| &new.spec)
                 {
-                    concerned
-                        .namespaces
-                        .extend(fence.metadata.namespace.clone());
+                    concerned.namespaces.insert(key.namespace.clone());
                 }
                 let event = match (&object, self.world.fences.get(&key)) {
                     (Some(fence), _) => Some(Event::Apply(fence.as_ref().clone())),

@@ -28,7 +28,7 @@ pub(super) struct Flags {
 }
 
 pub(super) fn run(flags: &Flags) -> anyhow::Result<Value> {
-    let settings = settings();
+    let settings = Settings::default();
     let started = Instant::now();
     let mesh = mesh(flags);
     println!(
@@ -73,21 +73,6 @@ pub(super) fn run(flags: &Flags) -> anyhow::Result<Value> {
     }))
 }
 
-/// What an installation with every default has.
-pub(super) fn settings() -> Settings {
-    Settings {
-        global_proxy: Key::new("fenceline-system", "global-proxy"),
-        ask_port: 15080,
-        forward_port: 15088,
-        operator: Key::new("fenceline-system", "fenceline"),
-        callers_port: 18101,
-        cluster_domain: "cluster.local".into(),
-        trust_domain: "cluster.local".into(),
-        root_namespace: "istio-system".into(),
-        mesh_config: Key::new("istio-system", "istio"),
-    }
-}
-
 fn place(flags: &Flags, number: usize) -> Key {
     let namespace = format!("team-{}", number / flags.per_namespace);
     Key::new(namespace, format!("service-{number}"))
@@ -95,7 +80,7 @@ fn place(flags: &Flags, number: usize) -> Key {
 
 fn mesh(flags: &Flags) -> World {
     let mut mesh = World::new("cluster.local");
-    let system = settings().global_proxy;
+    let system = Settings::default().global_proxy;
     mesh.namespaces
         .insert(system.namespace.clone(), Arc::default());
     for number in 0..flags.services {
