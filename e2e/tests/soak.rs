@@ -267,7 +267,7 @@ async fn soak(lab: &mut Lab, kind: Kind) -> anyhow::Result<()> {
         ..
     } = soak;
     let mut tally = traffic.stop().await?;
-    if kind == Some("Forward") {
+    if kind.is_some() {
         let failed = tally.failed.len();
         tally
             .failed
@@ -296,7 +296,8 @@ async fn soak(lab: &mut Lab, kind: Kind) -> anyhow::Result<()> {
 const MOST_ON_THE_WAY: usize = 20;
 
 /// Whether a call was on its way through the global proxy when that was killed. As with any proxy that dies, nobody can tell
-/// whether the callee had it, so it is not made again; a held one is, since no callee has it yet.
+/// whether the callee had it, so it is not made again. With `Hold` these are the calls that were held in vain, as while
+/// nobody leads, and passed on after that; a call that is still held is made again, since no callee has it yet.
 fn went_with_it(failure: &Failure, killed: Option<Duration>) -> bool {
     let meanwhile = killed.is_some_and(|killed| {
         failure.at + Duration::from_millis(200) > killed
