@@ -4,16 +4,21 @@ use std::ops::Range;
 
 use fenceline_crds::ServiceFence;
 use futures::{StreamExt, TryStreamExt, stream};
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
-use kube::api::PostParams;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use crate::lab::Lab;
 
 /// How many idle services share a namespace.
 const PER_NAMESPACE: usize = 50;
+
+/// The namespace of a fenceable service.
+fn team(number: usize) -> String {
+    format!("team-{}", number / PER_NAMESPACE)
+}
 
 impl Lab {
     /// Makes services with an HTTP and a gRPC port and two endpoints each, in namespaces `idle-0`, `idle-1`, …
@@ -67,9 +72,8 @@ impl Lab {
     /// # Errors
     /// Fails when the API refuses one.
     pub async fn fenceable_services(&self, numbers: Range<usize>) -> anyhow::Result<()> {
-        let namespace = |number: usize| format!("team-{}", number / PER_NAMESPACE);
         for number in numbers.clone().filter(|number| number % PER_NAMESPACE == 0) {
-            self.namespace(&namespace(number)).await?;
+            self.namespace(&team(number)).await?;
         }
         stream::iter(numbers)
             .map(async |number| {
@@ -78,8 +82,7 @@ impl Lab {
                     "metadata": {"name": name},
                     "spec": {"selector": {"app": name}, "ports": [{"name": "http", "port": 80}]},
                 });
-                let services: Api<Service> =
-                    Api::namespaced(self.client.clone(), &namespace(number));
+                let services: Api<Service> = Api::namespaced(self.client.clone(), &team(number));
                 let service = serde_json::from_value(service)?;
                 services.create(&PostParams::default(), &service).await?;
                 Ok(())
@@ -87,6 +90,81 @@ impl Lab {
             .buffer_unordered(16)
             .try_collect()
             .await
+    }
+
+    /// Makes pods for those services, so many for each, that are ready and of which nothing runs: `generation` has them differ from those before, in name
+    /// and address.
+    ///
+    /// # Errors
+    /// Fails when the API refuses one.
+    pub async fn fenceable_pods(
+        &self,
+        numbers: Range<usize>,
+        each: usize,
+        generation: usize,
+    ) -> anyhow::Result<()> {
+        let pods = numbers.flat_map(|number| (0..each).map(move |replica| (number, replica)));
+        stream::iter(pods)
+            .map(async |(number, replica)| self.fenceable_pod(number, replica, generation).await)
+            .buffer_unordered(16)
+            .try_collect()
+            .await
+    }
+
+    async fn fenceable_pod(
+        &self,
+        number: usize,
+        replica: usize,
+        generation: usize,
+    ) -> anyhow::Result<()> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &team(number));
+        let service = format!("service-{number}");
+        let name = format!("{service}-{generation}-{replica}");
+        let pod = json!({
+            "metadata": {
+                "name": name,
+                "labels": {"app": service, "security.istio.io/tlsMode": "istio"},
+            },
+            "spec": {
+                "nodeName": "lab",
+                "serviceAccountName": service,
+                "containers": [{"name": "app", "image": "lab"}, {"name": "istio-proxy", "image": "lab"}],
+            },
+        });
+        api.create(&PostParams::default(), &serde_json::from_value(pod)?)
+            .await?;
+        let [high, low] = u16::try_from(number)?.to_be_bytes();
+        let part = 128 + (replica + generation * 2) % 64;
+        let ip = format!("10.{part}.{high}.{low}");
+        let status = json!({"status": {
+            "phase": "Running",
+            "podIP": ip,
+            "podIPs": [{"ip": ip}],
+            "conditions": [{"type": "Ready", "status": "True"}],
+        }});
+        api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+            .await?;
+        Ok(())
+    }
+
+    /// Replaces a service's pods by the next generation, as a rollout does.
+    ///
+    /// # Errors
+    /// Fails when the API refuses it.
+    pub async fn roll_fenceable_pods(
+        &self,
+        number: usize,
+        each: usize,
+        generation: usize,
+    ) -> anyhow::Result<()> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &team(number));
+        for replica in 0..each {
+            self.fenceable_pod(number, replica, generation + 1).await?;
+            let name = format!("service-{number}-{generation}-{replica}");
+            api.delete(&name, &DeleteParams::default().grace_period(0))
+                .await?;
+        }
+        Ok(())
     }
 
     async fn idle_service(&self, number: usize) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use fenceline_crds::ServiceFence;
 use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Service;
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -130,10 +130,14 @@ impl Writer {
     pub async fn ensure<K: Owned>(&self, want: &K, have: Option<&K>) -> Result<Option<K>, Error> {
         let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
-        // To apply by force is to take over, so an object that the watch has not shown yet is looked for first.
+        // To apply by force is to take over, so what the watch has not shown yet is made, or else looked at first.
         let unseen = match have {
             Some(_) => None,
-            None => self.live(&api, &object).await?,
+            None if want.uid().is_some() => self.live(&api, &object).await?,
+            None => match self.create(&api, &object, want).await? {
+                Some(made) => return Ok(Some(made)),
+                None => self.live(&api, &object).await?,
+            },
         };
         match have.or(unseen.as_ref()) {
             Some(have) if !is_ours(have, want) => {
@@ -170,6 +174,24 @@ impl Writer {
             written = self.done(K::KIND, "apply", &object, patched)?;
         }
         Ok(Some(written))
+    }
+
+    /// Makes the object; nothing where there is one of this name. It costs kube-apiserver half of what applying does.
+    async fn create<K: Owned>(
+        &self,
+        api: &Api<K>,
+        object: &Key,
+        want: &K,
+    ) -> Result<Option<K>, Error> {
+        let params = PostParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        self.wait::<K>().await;
+        match within(api.create(&params, want)).await {
+            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(None),
+            other => self.done(K::KIND, "create", object, other).map(Some),
+        }
     }
 
     async fn wait<K: Owned>(&self) {

@@ -88,6 +88,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let learner = Learner::new(
         Arc::clone(&status),
         world.clone(),
+        settings.clone(),
         Arc::clone(&metrics),
         clock::system,
     );

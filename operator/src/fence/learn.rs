@@ -14,7 +14,9 @@ use jiff::{SignedDuration, Timestamp, Unit};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use super::Settings;
 use super::retain::unused_for;
+use super::said::foreseen;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::observe::resolve::{Unresolved, host_of};
@@ -66,6 +68,7 @@ pub struct Learner {
     wake: Notify,
     status: Arc<StatusWriter>,
     world: watch::Receiver<Arc<World>>,
+    settings: Settings,
     metrics: Arc<Metrics>,
     clock: Clock,
 }
@@ -93,6 +96,7 @@ impl Learner {
     pub fn new(
         status: Arc<StatusWriter>,
         world: watch::Receiver<Arc<World>>,
+        settings: Settings,
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Arc<Self> {
@@ -102,6 +106,7 @@ impl Learner {
             wake,
             status,
             world,
+            settings,
             metrics,
             clock,
         })
@@ -299,7 +304,11 @@ impl Learner {
             let learner = Arc::clone(self);
             let world = self.world.borrow().clone();
             writes.spawn(async move {
-                let change = |fence: &ServiceFence| merge(fence, &pending);
+                let change = |fence: &ServiceFence| {
+                    let mut fence = fence.clone();
+                    fence.status = Some(merge(&fence, &pending));
+                    foreseen(&fence, &world, &learner.settings, (learner.clock)())
+                };
                 let result = learner.status.update(&world, &fence, change).await;
                 result.map_err(|error| (fence, pending, error))
             });

@@ -41,6 +41,7 @@ pub use crate::fence::write::Recent;
 use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
+use crate::policy::plan::made_by_policy;
 use crate::status::{self, StatusWriter};
 use crate::world::feed::Concerned;
 use crate::world::{Host, Key, World};
@@ -337,6 +338,10 @@ async fn report(
     let ready = said::ready(plan);
     // Of the global proxy there is one event, not one for each fence.
     let about_us = |reason: &str| reason != said::GLOBAL_PROXY_GONE;
+    // Nor of each fence of a policy that it begins well: the policy says so, of thousands.
+    if before.is_none() && ready.status && made_by_policy(fence) {
+        return Ok(());
+    }
     if before.as_deref() != Some(ready.reason)
         && about_us(ready.reason)
         && before.as_deref().is_none_or(about_us)

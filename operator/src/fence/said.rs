@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 use fenceline_crds::{Evidence, LearntDependency, Scope, ServiceFence, ServiceFenceStatus};
 use jiff::{Timestamp, Unit};
 
-use super::plan::{Plan, Verdict};
+use super::Settings;
+use super::plan::{Plan, Verdict, plan};
 use super::select::NoPods;
 use crate::global_proxy::GONE;
 use crate::status::{Said, set_conditions};
+use crate::world::World;
 
 /// The reason of fences that are enforced while their first calls go nowhere.
 pub(super) const GLOBAL_PROXY_GONE: &str = "GlobalProxyGone";
@@ -183,6 +185,25 @@ pub(super) fn status(fence: &ServiceFence, plan: &Plan, now: Timestamp) -> Servi
         scope: Some(steady(old.scope, plan.scope)),
         dependencies: with_policies(old.dependencies, &plan.named, now),
         ..old
+    }
+}
+
+/// The status of a fence that has learnt something, with what its plan makes of that already, so that it need not be written
+/// once more when the plan was carried out. Only where the plan goes on as before.
+pub(super) fn foreseen(
+    fence: &ServiceFence,
+    world: &World,
+    settings: &Settings,
+    now: Timestamp,
+) -> ServiceFenceStatus {
+    let learnt = fence.status.clone().unwrap_or_default();
+    let plan = plan(fence, world, settings, now);
+    let goes_on = learnt.observed_generation == fence.metadata.generation
+        && ready_reason(fence).is_some_and(|before| before == ready(&plan).reason);
+    if goes_on {
+        status(fence, &plan, now)
+    } else {
+        learnt
     }
 }
 

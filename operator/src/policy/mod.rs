@@ -8,7 +8,7 @@ mod promote;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fenceline_crds::{FencePolicy, FencePolicyStatus, Mode, ServiceFence};
 use futures::StreamExt;
@@ -23,8 +23,10 @@ use crate::policy::plan::{POLICY, Wanted, made_by_policy, plan, unwanted};
 use crate::status::{Said, StatusWriter, set_conditions};
 use crate::world::{Key, World};
 
-/// How long a change waits for company.
+/// How long a change waits for company, and how many times as long as the last round took: while thousands of fences begin, each of them is a change.
 const COALESCE: Duration = Duration::from_millis(100);
+const LONGEST_COALESCE: Duration = Duration::from_secs(2);
+const OF_A_ROUND: u32 = 10;
 /// Time alone promotes fences, and Prometheus comes and goes.
 const LOOK_AGAIN: Duration = Duration::from_secs(15);
 /// How long failed writes wait for their next attempt, at first and at most.
@@ -48,6 +50,7 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
     let mut done: Option<(Arc<World>, Wanted)> = None;
     let mut retry = RETRY;
     loop {
+        let started = Instant::now();
         let now = Arc::clone(&world.borrow_and_update());
         let wanted = match done.take() {
             Some((then, wanted)) if same_wishes(&then, &now) => wanted,
@@ -62,12 +65,13 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
             continue;
         }
         retry = RETRY;
+        let took = started.elapsed();
         let again = tokio::time::timeout(LOOK_AGAIN, until_other_wishes(&mut world, &now)).await;
         if again == Ok(false) {
             return;
         }
         done = Some((now, wanted));
-        tokio::time::sleep(COALESCE).await;
+        tokio::time::sleep(COALESCE.max(took * OF_A_ROUND).min(LONGEST_COALESCE)).await;
     }
 }
 

@@ -1,5 +1,6 @@
 //! `bench learn`: from an access log entry to the Sidecar that is stored, with few fences and with many.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -11,17 +12,19 @@ use serde_json::{Value, json};
 
 use super::numbers::{ms, percentile};
 
-const CLIENT: (&str, &str) = ("shop", "client");
-
 #[derive(Args)]
 pub(super) struct Flags {
-    /// New dependencies, one after another, each time.
+    /// New dependencies each time, one after another, by one caller after the other.
     #[arg(long, default_value_t = 200)]
     dependencies: usize,
-    /// Fences beside the learning one, at first and then.
-    #[arg(long, default_value_t = 9)]
+    /// Workloads that call, each with a fence. The next dependency of a caller waits until the last one has arrived
+    /// at its proxy; those of different callers do not wait for each other.
+    #[arg(long, default_value_t = 8)]
+    callers: usize,
+    /// Fences in all, at first and then.
+    #[arg(long, default_value_t = 10)]
     few: usize,
-    #[arg(long, default_value_t = 999)]
+    #[arg(long, default_value_t = 1000)]
     many: usize,
 }
 
@@ -30,23 +33,32 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
     let services = flags.many.max(flags.dependencies * 2);
     lab.idle_services(services).await?;
     lab.namespace("shop").await?;
-    lab.workload(CLIENT, &[80]).await?;
-    lab.fence(CLIENT, "{}").await?;
-    lab.until_forgotten(CLIENT, "service-0.idle-0.svc.cluster.local")
-        .await?;
+    let callers: Vec<String> = (0..flags.callers)
+        .map(|number| format!("caller-{number}"))
+        .collect();
+    for caller in &callers {
+        lab.workload(("shop", caller), &[80]).await?;
+        lab.fence(("shop", caller), "{}").await?;
+    }
+    for caller in &callers {
+        lab.until_forgotten(("shop", caller), "service-0.idle-0.svc.cluster.local")
+            .await?;
+    }
     let mut results = Vec::new();
-    let mut fences = 0;
-    for (round, others) in [flags.few, flags.many].into_iter().enumerate() {
-        lab.idle_fences(fences..others).await?;
-        fences = others;
+    let mut others = 0;
+    for (round, fences) in [flags.few, flags.many].into_iter().enumerate() {
+        let more = fences.saturating_sub(flags.callers);
+        lab.idle_fences(others..more).await?;
+        others = more;
         lab.until_quiet(OPERATOR, Duration::from_secs(3)).await?;
-        println!("{} fences", others + 1);
-        results.push(learn(lab, round * flags.dependencies, flags.dependencies).await?);
+        println!("{fences} fences");
+        let hosts = round * flags.dependencies..(round + 1) * flags.dependencies;
+        results.push(learn(lab, &callers, hosts).await?);
     }
     let (few, many) = (&mut results[0].clone(), &mut results[1].clone());
     Ok(json!({
         "dependencies": flags.dependencies,
-        "fences": [flags.few + 1, flags.many + 1],
+        "fences": [flags.few, flags.many],
         "p50_ms": ms(percentile(&mut few.0, 50)),
         "p99_ms": ms(percentile(&mut few.0, 99)),
         "p50_ms_1000": ms(percentile(&mut many.0, 50)),
@@ -56,21 +68,27 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
     }))
 }
 
-/// Learns so many hosts one after another; says how long each took, and how many writes it cost.
-async fn learn(lab: &Lab, from: usize, count: usize) -> anyhow::Result<(Vec<Duration>, f64)> {
+/// Learns hosts one after another; says how long each took, and how many writes it cost.
+async fn learn(
+    lab: &Lab,
+    callers: &[String],
+    hosts: Range<usize>,
+) -> anyhow::Result<(Vec<Duration>, f64)> {
+    let count = hosts.len();
     let known = lab.learning_times(OPERATOR)?.len();
     let written = lab.writes(OPERATOR).await?;
     let start = Instant::now();
     let to = lab.resolve("idle-0", "service-0", 80).await?;
-    for number in from..from + count {
+    for (number, caller) in hosts.zip(callers.iter().cycle()) {
+        let caller = ("shop", caller.as_str());
         // Nobody answers there, which is no matter: the call is reported when it begins.
         let namespace = number / 50;
         let authority = format!("service-{number}.idle-{namespace}");
         let mut call = request(Protocol::Http1, &authority, to);
         call.timeout = Duration::from_millis(50);
-        lab.call(CLIENT, &call).await?;
+        lab.call(caller, &call).await?;
         let fqdn = format!("service-{number}.idle-{namespace}.svc.cluster.local");
-        lab.until_in_scope(CLIENT, &format!("idle-{namespace}/{fqdn}"))
+        lab.until_in_scope(caller, &format!("idle-{namespace}/{fqdn}"))
             .await?;
     }
     let mut took = lab.learning_times(OPERATOR)?.split_off(known);

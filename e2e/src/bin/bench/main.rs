@@ -3,6 +3,7 @@
 
 mod fence;
 mod first_call;
+mod idle;
 mod ingest;
 mod learn;
 mod numbers;
@@ -38,12 +39,25 @@ enum Bench {
     Fence(fence::Flags),
     /// Access log entries by the million.
     Ingest(ingest::Flags),
+    /// A large mesh in which only pods come and go.
+    Idle(idle::Flags),
+    /// The operator killed in such a mesh, and started.
+    Restart(idle::Flags),
     /// The pure planner.
     Plan(plan::Flags),
 }
 
 /// In the order in which all of them run.
-const NAMES: [&str; 6] = ["plan", "ingest", "fence", "learn", "first-call", "scope"];
+const NAMES: [&str; 8] = [
+    "plan",
+    "ingest",
+    "fence",
+    "idle",
+    "restart",
+    "learn",
+    "first-call",
+    "scope",
+];
 
 fn main() -> anyhow::Result<()> {
     let Some(bench) = Args::parse().bench else {
@@ -55,6 +69,8 @@ fn main() -> anyhow::Result<()> {
         Bench::Scope(flags) => measured(async |lab| scope::run(lab, flags).await)?,
         Bench::Learn(flags) => measured(async |lab| learn::run(lab, flags).await)?,
         Bench::Fence(flags) => measured(async |lab| fence::run(lab, flags).await)?,
+        Bench::Idle(flags) => measured(async |lab| idle::idle(lab, flags).await)?,
+        Bench::Restart(flags) => measured(async |lab| idle::restart(lab, flags).await)?,
         Bench::Ingest(flags) => measured(async |lab| ingest::run(lab, flags).await)?,
         Bench::FirstCall(flags) => measured(async |lab| first_call::run(lab, flags).await)?,
     };
