@@ -4,6 +4,10 @@ use anyhow::Context as _;
 use clap::Parser;
 use fenceline::args::{Args, Command};
 
+/// Most of the operator's work is to read objects, which is to allocate; and what was read should be given back.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     match Args::parse().command {

@@ -73,7 +73,8 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
                 }
             }
         }
-        if world.changed().await.is_err() {
+        let other = |then: &Arc<World>| !then.services.ptr_eq(&now.services);
+        if world.wait_for(other).await.is_err() {
             return;
         }
         tokio::time::sleep(COALESCE).await;

@@ -10,10 +10,10 @@ use fenceline_crds::istio::{
 };
 use fenceline_crds::{FencePolicy, ServiceFence};
 use futures::{StreamExt, pin_mut};
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector};
 use kube::{Api, CustomResourceExt, Resource, ResourceExt};
@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, watch};
 use super::change::Change;
 pub use super::change::Concerned;
 use super::dependents::Dependents;
+use super::read::{Guarded, LeanPod, Watched};
 use super::task::WorldTask;
 use super::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World, mesh_config};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
@@ -31,6 +32,9 @@ use crate::metrics::Metrics;
 
 /// Changes that may wait for the world's task; a watch that is faster waits for it.
 pub(super) const BACKLOG: usize = 4096;
+
+/// How many objects are listed at a time: what is not kept of them takes memory meanwhile.
+const PAGE: u32 = 100;
 
 /// The kinds that are watched, by the names that metrics and readiness use.
 pub const KINDS: [&str; 15] = [
@@ -80,7 +84,7 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
     let (sync, synced) = watch::channel(false);
     let (fences, writer) = reflector::store();
 
-    let all = watcher::Config::default();
+    let all = watcher::Config::default().page_size(PAGE);
     let ours = all.clone().labels(&format!("{MANAGED_BY}={MANAGER}"));
     let watches = Watches {
         client: client.clone(),
@@ -114,13 +118,14 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
             object => Change::Policy(key, object.as_ref().map(PolicyFacts::of), None),
         }
     });
-    watches.watch(&all, |key, object: Option<Pod>| {
+    let pods: Api<LeanPod> = Api::all(client.clone());
+    watches.watch_in(pods, &all, |key, object: Option<LeanPod>| {
         Change::Pod(key, object.map(|object| pod_facts(&object)))
     });
     let slices = all
         .clone()
         .labels(&format!("{SERVICE_NAME}={}", global_proxy.name));
-    let api = Api::namespaced(client.clone(), &global_proxy.namespace);
+    let api = guarded::<EndpointSlice>(client, &global_proxy.namespace);
     watches.watch_in(api, &slices, |key, object: Option<EndpointSlice>| {
         Change::GlobalProxy(key, object.as_ref().map(ready_endpoints))
     });
@@ -144,7 +149,7 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
     });
     let Key { namespace, name } = mesh_config;
     let named = all.clone().fields(&format!("metadata.name={name}"));
-    let api = Api::namespaced(client.clone(), namespace);
+    let api = guarded::<ConfigMap>(client, namespace);
     watches.watch_in(api, &named, |_, object: Option<ConfigMap>| {
         Change::MeshConfig(object.as_ref().map(mesh_config::hosts).unwrap_or_default())
     });
@@ -182,29 +187,30 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
     }
 }
 
-fn pod_facts(pod: &Pod) -> PodFacts {
-    let spec = pod.spec.as_ref();
-    let host_network = spec.and_then(|spec| spec.host_network).unwrap_or_default();
-    let status = pod.status.as_ref();
+fn guarded<K>(client: &kube::Client, namespace: &str) -> Api<Guarded<K>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    Api::namespaced(client.clone(), namespace)
+}
+
+fn pod_facts(pod: &LeanPod) -> PodFacts {
+    let LeanPod { spec, status, .. } = pod;
     // A finished pod has given its address back.
-    let phase = status
-        .and_then(|status| status.phase.as_deref())
-        .unwrap_or_default();
-    let runs = !matches!(phase, "Succeeded" | "Failed");
-    let addressed = !host_network && runs;
-    let addresses = status
-        .and_then(|status| status.pod_ips.as_ref())
-        .into_iter()
-        .flatten();
+    let runs = !matches!(status.phase.as_str(), "Succeeded" | "Failed");
+    let addressed = !spec.host_network && runs;
     PodFacts {
         proxy: proxy(pod),
         runs,
         service_account: spec
-            .and_then(|spec| spec.service_account_name.clone())
+            .service_account_name
+            .clone()
             .unwrap_or_else(|| "default".to_owned()),
         workload: workload(pod),
         labels: pod.metadata.labels.clone().unwrap_or_default(),
-        addresses: addresses
+        addresses: status
+            .pod_ips
+            .iter()
             .filter(|_| addressed)
             .filter_map(|address| address.ip.parse::<IpAddr>().ok())
             .collect(),
@@ -213,16 +219,13 @@ fn pod_facts(pod: &Pod) -> PodFacts {
 
 /// What carries a pod's traffic: injection adds a container, and since Istio 1.27 an init container that stays.
 /// <https://istio.io/latest/docs/ambient/architecture/traffic-redirection/> for the annotation of ambient mode.
-fn proxy(pod: &Pod) -> Proxy {
-    let Some(spec) = &pod.spec else {
-        return Proxy::Nothing;
-    };
-    let stays = spec.init_containers.iter().flatten();
-    let mut containers = spec.containers.iter().chain(stays);
+fn proxy(pod: &LeanPod) -> Proxy {
+    let spec = &pod.spec;
+    let mut containers = spec.containers.iter().chain(&spec.init_containers);
     let redirected = pod.annotations().get("ambient.istio.io/redirection");
     if containers.any(|container| container.name == "istio-proxy") {
         Proxy::Sidecar
-    } else if spec.host_network.unwrap_or_default() {
+    } else if spec.host_network {
         Proxy::HostNetwork
     } else if redirected.is_some_and(|state| state == "enabled") {
         Proxy::Ambient
@@ -232,7 +235,7 @@ fn proxy(pod: &Pod) -> Proxy {
 }
 
 /// What a pod is a replica of, by Istio's rules (pkg/kube/inject, `GetDeployMetaFromPod`).
-fn workload(pod: &Pod) -> String {
+fn workload(pod: &LeanPod) -> String {
     let owners = pod.owner_references().iter();
     let Some(owner) = owners
         .into_iter()
@@ -287,13 +290,14 @@ impl Watches {
         K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
         F: Fn(Key, Option<K>) -> Change + Send + 'static,
     {
-        self.watch_in(Api::all(self.client.clone()), config, change);
+        let api: Api<Guarded<K>> = Api::all(self.client.clone());
+        self.watch_in(api, config, change);
     }
 
-    fn watch_in<K, F>(&self, api: Api<DeserializeGuard<K>>, config: &watcher::Config, change: F)
+    fn watch_in<W, F>(&self, api: Api<W>, config: &watcher::Config, change: F)
     where
-        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-        F: Fn(Key, Option<K>) -> Change + Send + 'static,
+        W: Watched,
+        F: Fn(Key, Option<W::Object>) -> Change + Send + 'static,
     {
         let (changes, metrics) = (self.changes.clone(), Arc::clone(&self.metrics));
         tokio::spawn(follow(api, config.clone(), change, changes, metrics));
@@ -305,19 +309,19 @@ fn key_of<K: Resource>(object: &K) -> Key {
 }
 
 /// Follows one kind for ever. What was deleted while the watch was down is found by comparing with the new list.
-async fn follow<K, F>(
-    api: Api<DeserializeGuard<K>>,
+async fn follow<W, F>(
+    api: Api<W>,
     config: watcher::Config,
     change: F,
     changes: mpsc::Sender<Change>,
     metrics: Arc<Metrics>,
 ) where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    F: Fn(Key, Option<K>) -> Change,
+    W: Watched,
+    F: Fn(Key, Option<W::Object>) -> Change,
 {
     let kind: &'static str = KINDS
         .into_iter()
-        .find(|kind| *kind == K::kind(&()))
+        .find(|kind| *kind == W::kind(&()))
         .unwrap_or("unknown");
     let mut known = BTreeSet::new();
     let mut listed = BTreeSet::new();
@@ -383,18 +387,15 @@ fn is_absent(error: &watcher::Error) -> bool {
 }
 
 /// One malformed object must not hide the others; it counts as absent.
-fn present<K: Resource>(
+fn present<W: Watched>(
     kind: &'static str,
-    object: DeserializeGuard<K>,
-    change: &impl Fn(Key, Option<K>) -> Change,
-) -> (Key, Change)
-where
-    DeserializeGuard<K>: Resource,
-{
+    object: W,
+    change: &impl Fn(Key, Option<W::Object>) -> Change,
+) -> (Key, Change) {
     let key = key_of(&object);
-    let object = object.0.inspect_err(
-        |error| tracing::warn!(kind, object = %key, error = %error.error, "unreadable"),
-    );
+    let object = object
+        .read()
+        .inspect_err(|error| tracing::warn!(kind, object = %key, error, "unreadable"));
     (key.clone(), change(key, object.ok()))
 }
 

@@ -7,6 +7,7 @@ mod hosts;
 mod mesh_config;
 mod policies;
 mod protection;
+mod read;
 mod redirects;
 mod task;
 

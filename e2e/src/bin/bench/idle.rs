@@ -24,7 +24,7 @@ pub(super) struct Flags {
     #[arg(long, default_value_t = 120)]
     seconds: u64,
     /// Services of which all pods are replaced, each second.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 1)]
     rolled_per_second: usize,
 }
 
