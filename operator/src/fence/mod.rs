@@ -1,5 +1,6 @@
 //! The controller of fences: gather (the world), plan, apply, status. Learning feeds it through the fences' own status.
 
+mod alternatives;
 pub mod arrival;
 pub mod conflict;
 pub mod explain;

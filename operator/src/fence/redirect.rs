@@ -10,6 +10,7 @@ use fenceline_crds::{FirstCallPolicy, NonHttp, ServiceFence};
 use serde_json::{Value, json};
 
 use super::Settings;
+use super::alternatives::any_of;
 use super::plan::selector;
 use super::select::Labels;
 use crate::world::World;
@@ -42,12 +43,15 @@ pub(super) fn authority_regex<'a>(
     let of_namespace = if namespaces.is_empty() {
         String::new()
     } else {
-        let list: Vec<&str> = namespaces.into_iter().collect();
-        format!(r"|\.(?:{})", list.join("|"))
+        format!(r"|\.(?:{})", any_of(&namespaces))
     };
-    let addresses: String = ranges
-        .map(|[a, b]| format!(r"|{a}\.{b}\.[0-9]+\.[0-9]+"))
-        .collect();
+    let ranges: BTreeSet<String> = ranges.map(|[a, b]| format!(r"{a}\.{b}")).collect();
+    let addresses = if ranges.is_empty() {
+        String::new()
+    } else {
+        let ranges = any_of(&ranges.iter().map(String::as_str).collect());
+        format!(r"|(?:{ranges})\.[0-9]+\.[0-9]+")
+    };
     format!(
         r"(?i)(?:{LABEL}(?:|\.{LABEL}\.svc(?:\.{domain}\.?)?{of_namespace}){addresses})(?::[0-9]+)?"
     )
