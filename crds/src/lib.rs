@@ -5,16 +5,26 @@
 mod fence_policy;
 pub mod istio;
 mod period;
+mod router;
 mod service_fence;
+mod traffic_patch;
 
 pub use fence_policy::{
     FencePolicy, FencePolicySpec, FencePolicyStatus, Granularity, Promote, Template,
 };
 pub use period::period;
+pub use router::{
+    Branch, BranchMatch, BranchStatus, Change, CreateService, CreatedPort, FieldOrigin,
+    HeaderMatch, RouteProtocol, Router, RouterSpec, RouterStatus, Verify, VersionLabels,
+};
 pub use service_fence::{
     Alias, Dependency, Evidence, FirstCall, FirstCallPolicy, GrpcFirstCall, LearntDependency, Mode,
     NonHttp, Otherwise, Retention, Scope, Selector, ServiceFence, ServiceFenceSpec,
     ServiceFenceStatus, ServiceSelector, UnresolvedHost, Workload,
+};
+pub use traffic_patch::{
+    DestinationPatch, HttpPatch, IstioObject, PathMatch, RequestMatch, TrafficPatch,
+    TrafficPatchSpec, TrafficPatchStatus,
 };
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -25,7 +35,12 @@ use kube::CustomResourceExt;
 /// # Errors
 /// Fails when a schema cannot be written as YAML, which is a defect of this crate.
 pub fn manifests() -> Result<Vec<(String, String)>, serde_yaml::Error> {
-    let crds = [ServiceFence::crd(), FencePolicy::crd()];
+    let crds = [
+        ServiceFence::crd(),
+        FencePolicy::crd(),
+        Router::crd(),
+        TrafficPatch::crd(),
+    ];
     let manifest = |crd: CustomResourceDefinition| {
         let name = format!("{}.yaml", crd.spec.names.plural);
         Ok((name, serde_yaml::to_string(&crd)?))

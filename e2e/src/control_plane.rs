@@ -14,6 +14,8 @@ use crate::wait::eventually;
 
 /// The address of the control plane on the bridge that joins the pods.
 pub const ADDRESS: &str = "10.244.0.1";
+/// The address of the second istiod, for tests that have two.
+pub const SECOND_ADDRESS: &str = "10.244.0.2";
 /// Where kube-apiserver listens.
 pub const API_PORT: u16 = 6443;
 
@@ -23,6 +25,7 @@ pub struct ControlPlane {
     pub apiserver: Process,
     pub controller_manager: Process,
     pub istiod: Option<Process>,
+    pub second_istiod: Option<Process>,
     pub kubeconfig: PathBuf,
     scratch: PathBuf,
     logs: PathBuf,
@@ -87,6 +90,7 @@ impl ControlPlane {
             apiserver,
             controller_manager,
             istiod: None,
+            second_istiod: None,
             kubeconfig: kubeconfig_path,
             scratch: scratch.to_owned(),
             logs: logs.to_owned(),
@@ -123,18 +127,64 @@ impl ControlPlane {
     /// # Errors
     /// Fails when it does not answer in time.
     pub async fn start_istiod(&mut self, mesh_config: &str) -> anyhow::Result<()> {
-        let file = self.scratch.join("mesh.yaml");
-        std::fs::write(&file, mesh_config)?;
-        let command = istiod(&self.tools, &self.scratch, &self.kubeconfig, &file);
-        let mut istiod = Process::start("istiod", &self.logs, command)?;
+        std::fs::write(self.scratch.join("mesh.yaml"), mesh_config)?;
+        self.istiod = Some(self.run_istiod("istiod-0", ADDRESS).await?);
+        Ok(())
+    }
+
+    /// Starts a second istiod, once the first has made the mesh's certificates.
+    ///
+    /// # Errors
+    /// Fails when it does not answer in time.
+    pub async fn start_second_istiod(&mut self) -> anyhow::Result<()> {
+        self.second_istiod = Some(self.run_istiod("istiod-1", SECOND_ADDRESS).await?);
+        Ok(())
+    }
+
+    async fn run_istiod(&self, name: &str, address: &str) -> anyhow::Result<Process> {
+        let command = self.istiod_command(name, address)?;
+        let mut istiod = Process::start(name, &self.logs, command)?;
         eventually(Duration::from_secs(60), "istiod answers", async || {
             istiod.still_runs()?;
-            tokio::net::TcpStream::connect((ADDRESS, 15012)).await?;
+            tokio::net::TcpStream::connect((address, 15012)).await?;
             Ok(())
         })
         .await?;
-        self.istiod = Some(istiod);
-        Ok(())
+        Ok(istiod)
+    }
+
+    /// istiod without what stock Envoy has no filters for.
+    fn istiod_command(&self, name: &str, address: &str) -> anyhow::Result<Command> {
+        // It keeps files where it runs.
+        let folder = self.scratch.join(name);
+        std::fs::create_dir_all(&folder)?;
+        let mut command = Command::new(&self.tools.pilot_discovery);
+        command
+            .arg("discovery")
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .arg("--meshConfig")
+            .arg(self.scratch.join("mesh.yaml"))
+            .arg(format!("--grpcAddr={address}:15010"))
+            .arg(format!("--secureGRPCAddr={address}:15012"))
+            .arg(format!("--httpAddr={address}:8080"))
+            .arg(format!("--monitoringAddr={address}:15014"))
+            .args(["--httpsAddr=", "--ctrlz_port=0"])
+            .current_dir(folder)
+            .env("POD_NAME", name)
+            .envs([
+                ("POD_NAMESPACE", "istio-system"),
+                ("PILOT_CERT_PROVIDER", "istiod"),
+                ("INJECTION_WEBHOOK_CONFIG_NAME", ""),
+                ("VALIDATION_WEBHOOK_CONFIG_NAME", ""),
+                ("PILOT_ENABLE_METADATA_EXCHANGE", "false"),
+                ("PILOT_ENABLE_ALPN_FILTER", "false"),
+                ("PILOT_ENABLE_TELEMETRY_LABEL", "false"),
+                ("PILOT_DISABLE_MX_ALPN", "true"),
+                // As Fenceline's documentation asks for.
+                ("DEBUG_ENDPOINT_AUTH_ALLOWED_NAMESPACES", "fenceline-system"),
+            ]);
+        Ok(command)
     }
 }
 
@@ -213,35 +263,5 @@ fn controller_manager(tools: &Tools, scratch: &Path, kubeconfig: &Path) -> Comma
         "--leader-elect=false",
     ]);
     command.arg("--cert-dir").arg(scratch.join("certs"));
-    command
-}
-
-/// istiod without what stock Envoy has no filters for.
-fn istiod(tools: &Tools, scratch: &Path, kubeconfig: &Path, mesh_config: &Path) -> Command {
-    let mut command = Command::new(&tools.pilot_discovery);
-    command
-        .arg("discovery")
-        .arg("--kubeconfig")
-        .arg(kubeconfig)
-        .arg("--meshConfig")
-        .arg(mesh_config)
-        .args([
-            "--grpcAddr=:15010",
-            "--secureGRPCAddr=:15012",
-            "--httpAddr=:8080",
-        ])
-        .args(["--httpsAddr=", "--monitoringAddr=:15014"])
-        .current_dir(scratch)
-        .envs([
-            ("POD_NAMESPACE", "istio-system"),
-            ("POD_NAME", "istiod-0"),
-            ("PILOT_CERT_PROVIDER", "istiod"),
-            ("INJECTION_WEBHOOK_CONFIG_NAME", ""),
-            ("VALIDATION_WEBHOOK_CONFIG_NAME", ""),
-            ("PILOT_ENABLE_METADATA_EXCHANGE", "false"),
-            ("PILOT_ENABLE_ALPN_FILTER", "false"),
-            ("PILOT_ENABLE_TELEMETRY_LABEL", "false"),
-            ("PILOT_DISABLE_MX_ALPN", "true"),
-        ]);
     command
 }

@@ -48,6 +48,8 @@ impl Lab {
         for crd in [
             "crd/servicefences.fenceline.dev",
             "crd/fencepolicies.fenceline.dev",
+            "crd/routers.fenceline.dev",
+            "crd/trafficpatches.fenceline.dev",
         ] {
             let wait = ["wait", "--for=condition=Established", crd];
             // A CRD that is a moment old has no conditions to wait for.
@@ -103,6 +105,13 @@ impl Lab {
         let server = format!("https://{ADDRESS}:{API_PORT}");
         std::fs::write(&path, kubeconfig(&server, &token))?;
         let env = [("KUBECONFIG".to_owned(), path.to_string_lossy().into_owned())];
+        // What the Deployment mounts.
+        let secrets = self
+            .scratch
+            .join(format!("pods/{SYSTEM}.{name}/var/run/secrets"));
+        let secret = |flag: &str, file: &str| format!("{flag}={}", secrets.join(file).display());
+        args.push(secret("--istiod-token-file", "tokens/istio-token"));
+        args.push(secret("--istiod-ca-file", "istio/root-cert.pem"));
         args.extend(self.operator_args.iter().cloned());
         let program = self.tools.fenceline.clone();
         spec = spec.app(App::Command {

@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use crate::app::{Call, Outcome, Protocol, Shape};
-use crate::control_plane::{ADDRESS, ControlPlane, client};
+use crate::control_plane::{ADDRESS, ControlPlane, SECOND_ADDRESS, client};
 use crate::isolate::{self, SCRATCH, run};
 use crate::pod::{NODE, Pod, PodSpec, Surroundings};
 use crate::process::Process;
@@ -103,6 +103,8 @@ impl Lab {
             "ip",
             &["addr", "add", &format!("{ADDRESS}/16"), "dev", "lab0"],
         )?;
+        let second = format!("{SECOND_ADDRESS}/16");
+        run("ip", &["addr", "add", &second, "dev", "lab0"])?;
         run("ip", &["link", "set", "lab0", "up"])?;
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
 
@@ -132,7 +134,36 @@ impl Lab {
         ])
         .await?;
         lab.control_plane.start_istiod(MESH_CONFIG).await?;
+        lab.istiod_pod("istiod-0", ADDRESS).await?;
         Ok(lab)
+    }
+
+    /// Starts a second istiod, for pods that are made for it ([`PodSpec::second_istiod`]).
+    ///
+    /// # Errors
+    /// Fails when it does not start.
+    pub async fn start_second_istiod(&mut self) -> anyhow::Result<()> {
+        self.root_certificate("istio-system").await?;
+        self.control_plane.start_second_istiod().await?;
+        self.istiod_pod("istiod-1", SECOND_ADDRESS).await
+    }
+
+    /// The Pod of an istiod, which is a process outside the pods' networks.
+    async fn istiod_pod(&self, name: &str, ip: &str) -> anyhow::Result<()> {
+        self.apply(&format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: istio-system, labels: {{app: istiod}}}}, \
+             spec: {{nodeName: {NODE}, containers: [{{name: discovery, image: lab}}]}}}}"
+        ))
+        .await?;
+        let pods: Api<k8s_openapi::api::core::v1::Pod> =
+            Api::namespaced(self.client.clone(), "istio-system");
+        let status = json!({"status": {
+            "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": ADDRESS,
+            "conditions": [{"type": "Ready", "status": "True"}],
+        }});
+        pods.patch_status(name, &PatchParams::default(), &Patch::Merge(status))
+            .await?;
+        Ok(())
     }
 
     /// Changes istiod's MeshConfig, which it watches.
@@ -406,9 +437,10 @@ impl Lab {
         let _ = run("cp", &["-r", &copy, &folder.to_string_lossy()]);
         for (file, kinds) in [
             ("fences.yaml", "servicefences.fenceline.dev"),
+            ("routers.yaml", "routers,trafficpatches"),
             (
                 "istio.yaml",
-                "sidecars,envoyfilters,virtualservices,serviceentries",
+                "sidecars,envoyfilters,virtualservices,destinationrules,serviceentries",
             ),
             ("cluster.yaml", "namespaces,services,pods"),
             ("events.yaml", "events"),
@@ -449,10 +481,12 @@ impl Lab {
             mut apiserver,
             mut controller_manager,
             mut istiod,
+            mut second_istiod,
             ..
         } = self.control_plane;
         for process in [
             istiod.as_mut(),
+            second_istiod.as_mut(),
             Some(&mut controller_manager),
             Some(&mut apiserver),
         ]

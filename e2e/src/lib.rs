@@ -15,6 +15,7 @@ pub mod pod;
 pub mod process;
 pub mod prometheus;
 pub mod reporter;
+pub mod routers;
 pub mod tools;
 pub mod traffic;
 pub mod wait;

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use crate::app::{Call, Outcome, Protocol, ask};
-use crate::control_plane::{ADDRESS, API_PORT};
+use crate::control_plane::{ADDRESS, API_PORT, SECOND_ADDRESS};
 use crate::isolate::run;
 use crate::process::Process;
 use crate::tools::Tools;
@@ -49,6 +49,8 @@ pub struct PodSpec {
     /// Ports of the echo server that speak TCP.
     pub tcp: Vec<u16>,
     pub sidecar: bool,
+    /// Whether it is of the second istiod.
+    pub second_istiod: bool,
     /// Whether iptables captures the pod's traffic (`REDIRECT`) or not (`NONE`).
     pub capture: bool,
     pub app: App,
@@ -66,6 +68,7 @@ impl PodSpec {
             http: Vec::new(),
             tcp: Vec::new(),
             sidecar: true,
+            second_istiod: false,
             capture: true,
             app: App::Echo,
         }
@@ -86,6 +89,12 @@ impl PodSpec {
     #[must_use]
     pub fn label(mut self, key: &str, value: &str) -> Self {
         self.labels.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    #[must_use]
+    pub fn second_istiod(mut self) -> Self {
+        self.second_istiod = true;
         self
     }
 
@@ -173,7 +182,12 @@ impl Pod {
         network(&spec.id(), around.number, ip)?;
         let folder = around.scratch.join("pods").join(spec.id());
         std::fs::create_dir_all(&folder)?;
-        let hosts = format!("127.0.0.1 localhost\n{ADDRESS} istiod.istio-system.svc\n");
+        let istiod = if spec.second_istiod {
+            SECOND_ADDRESS
+        } else {
+            ADDRESS
+        };
+        let hosts = format!("127.0.0.1 localhost\n{istiod} istiod.istio-system.svc\n");
         std::fs::write(folder.join("hosts"), hosts)?;
         let mut pod = Self {
             control: folder.join("control.sock"),
@@ -233,7 +247,7 @@ impl Pod {
             "-d",
             "15090,15021,15020,15000",
         ]);
-        let ports = format!("{API_PORT},15090");
+        let ports = format!("{API_PORT},15090,15012,15014");
         // As the operator's Deployment asks for: its watches must outlive its sidecar's restarts.
         args.extend(["-o", &ports]);
         run("ip", &args).map(drop)

@@ -16,8 +16,8 @@ use crate::lab::{Lab, request};
 #[derive(Clone, Debug)]
 pub struct Target {
     pub call: Call,
-    /// The pod that must answer.
-    pub answered_by: String,
+    /// The pod that must answer; absent, any may.
+    pub answered_by: Option<String>,
 }
 
 impl Target {
@@ -36,7 +36,7 @@ impl Target {
         let connect = lab.resolve(namespace, &host, port).await?;
         Ok(Self {
             call: request(protocol, &format!("{host}:{port}"), connect),
-            answered_by: pod.to_owned(),
+            answered_by: Some(pod.to_owned()),
         })
     }
 }
@@ -56,6 +56,8 @@ pub struct Failure {
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     pub made: BTreeMap<String, usize>,
+    /// By which pod.
+    pub answered: BTreeMap<String, usize>,
     /// Refusals that Fenceline announces, with its reason.
     pub refused: BTreeMap<String, usize>,
     pub failed: Vec<Failure>,
@@ -193,10 +195,12 @@ impl Caller {
     fn note(&self, target: &Target, at: Duration, outcome: &Outcome) {
         let protocol = target.call.protocol;
         let answered = match protocol {
-            Protocol::Tcp => outcome.body.starts_with(&target.answered_by),
-            _ => outcome
-                .report()
-                .is_ok_and(|report| report.pod == target.answered_by),
+            Protocol::Tcp => outcome.body.lines().next().map(str::to_owned),
+            _ => outcome.report().ok().map(|report| report.pod),
+        };
+        let well = |pod: &String| match &target.answered_by {
+            Some(wanted) => pod == wanted,
+            None => true,
         };
         let mut tally = self
             .shared
@@ -204,7 +208,8 @@ impl Caller {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         *tally.made.entry(format!("{protocol:?}")).or_default() += 1;
-        if answered {
+        if let Some(pod) = answered.filter(well) {
+            *tally.answered.entry(pod).or_default() += 1;
             return;
         }
         match outcome.headers.get("x-fenceline-reason") {

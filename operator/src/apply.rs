@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fenceline_crds::ServiceFence;
-use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
+use fenceline_crds::istio::{
+    AuthorizationPolicy, DestinationRule, EnvoyFilter, Sidecar, VirtualService,
+};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
@@ -27,6 +29,9 @@ pub const MANAGER: &str = "fenceline";
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// Names the fence that an object was written for.
 pub const FENCE_LABEL: &str = "fenceline.dev/service-fence";
+
+/// Names the Service that an object was written for.
+pub const SERVICE_LABEL: &str = "fenceline.dev/service";
 
 /// A request that failed.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +83,24 @@ impl Owned for Sidecar {
 impl Owned for EnvoyFilter {
     type Spec = fenceline_crds::istio::EnvoyFilterSpec;
     const KIND: &'static str = "EnvoyFilter";
+
+    fn spec(&self) -> &Self::Spec {
+        &self.spec
+    }
+}
+
+impl Owned for VirtualService {
+    type Spec = fenceline_crds::istio::VirtualServiceSpec;
+    const KIND: &'static str = "VirtualService";
+
+    fn spec(&self) -> &Self::Spec {
+        &self.spec
+    }
+}
+
+impl Owned for DestinationRule {
+    type Spec = fenceline_crds::istio::DestinationRuleSpec;
+    const KIND: &'static str = "DestinationRule";
 
     fn spec(&self) -> &Self::Spec {
         &self.spec
@@ -282,6 +305,32 @@ impl Writer {
             .patch(&service.name, &params, &Patch::Apply(object))
             .await;
         self.done("Service", "apply", service, written).map(drop)
+    }
+
+    /// Makes a Service be as given, if nobody else has it.
+    ///
+    /// # Errors
+    /// Fails when somebody else's Service has this name, or when the API refuses.
+    pub async fn ensure_service(&self, want: &Service) -> Result<(), Error> {
+        const KIND: &str = "Service";
+        let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
+        let api: Api<Service> = Api::namespaced(self.client.clone(), &object.namespace);
+        let there = within(api.get_opt(&object.name)).await;
+        let there = there.map_err(|source| Error::Request {
+            verb: "get",
+            kind: KIND,
+            object: object.clone(),
+            source: Box::new(source),
+        })?;
+        if there.is_some_and(|there| !feed::is_ours(&there)) {
+            return Err(Error::NotOurs { kind: KIND, object });
+        }
+        let mut want = serde_json::to_value(want).unwrap_or_default();
+        want["apiVersion"] = json!("v1");
+        want["kind"] = json!(KIND);
+        let params = PatchParams::apply(MANAGER).force();
+        let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
+        self.done(KIND, "apply", &object, written).map(drop)
     }
 
     fn done<T>(

@@ -70,6 +70,8 @@ pub struct Run {
     pub writes_per_second: u32,
     #[command(flatten)]
     pub prometheus: PrometheusArgs,
+    #[command(flatten)]
+    pub istiod: IstiodArgs,
     /// Where the access log and the authorization service listen. Keep it on loopback: the sidecar in front of it checks who calls.
     #[arg(
         long,
@@ -213,6 +215,38 @@ pub struct PrometheusArgs {
     /// A file with a client certificate and its key, in PEM.
     #[arg(long, env = "FENCELINE_PROMETHEUS_IDENTITY_FILE")]
     pub prometheus_identity_file: Option<PathBuf>,
+}
+
+/// How istiod is asked what it sends to whom, which is how changes of routes are seen to arrive.
+#[derive(Clone, Debug, Parser)]
+pub struct IstiodArgs {
+    /// A file with a token of the operator's service account for the audience istio-ca.
+    #[arg(
+        long,
+        env = "FENCELINE_ISTIOD_TOKEN_FILE",
+        default_value = "/var/run/secrets/tokens/istio-token"
+    )]
+    pub istiod_token_file: PathBuf,
+    /// A file with the mesh's root certificate, in PEM: istio-ca-root-cert.
+    #[arg(
+        long,
+        env = "FENCELINE_ISTIOD_CA_FILE",
+        default_value = "/var/run/secrets/istio/root-cert.pem"
+    )]
+    pub istiod_ca_file: PathBuf,
+    /// The name in istiod's certificate; with a revision istiod-REVISION.istio-system.svc.
+    #[arg(
+        long,
+        env = "FENCELINE_ISTIOD_NAME",
+        default_value = "istiod.istio-system.svc"
+    )]
+    pub istiod_name: String,
+    /// The cluster's name in Istio: meshConfig's or the chart's clusterName.
+    #[arg(long, env = "FENCELINE_CLUSTER", default_value = "Kubernetes")]
+    pub cluster: String,
+    /// The operator's service account.
+    #[arg(long, env = "FENCELINE_SERVICE_ACCOUNT", default_value = "fenceline")]
+    pub service_account: String,
 }
 
 fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {

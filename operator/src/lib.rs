@@ -16,8 +16,10 @@ pub mod leader;
 pub mod metrics;
 pub mod migrate;
 pub mod observe;
+pub mod patch;
 pub mod policy;
 pub mod ports;
+pub mod router;
 pub mod run;
 pub mod status;
 #[cfg(test)]

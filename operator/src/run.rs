@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::Router;
+use tonic::transport::server::Router as Services;
 use tracing_subscriber::EnvFilter;
 
 use crate::admin;
@@ -34,6 +34,8 @@ use crate::observe::prometheus::{self, Prometheus};
 use crate::observe::proxy::Eyes;
 use crate::policy;
 use crate::ports;
+use crate::router;
+use crate::router::istiod::{Access, Istiods};
 use crate::status::StatusWriter;
 use crate::world::World;
 use crate::world::feed::{self, Feed};
@@ -59,6 +61,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         log,
         writes_per_second,
         prometheus,
+        istiod,
     } = args;
     start_logging(log_format, &log)?;
     tracing::info!(
@@ -177,7 +180,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         metrics: Arc::clone(&metrics),
         clock: clock::system,
         arrivals,
-        recent: fence::Recent::default(),
+        recent: fence::RecentObjects::default(),
         prometheus: prometheus.clone(),
         failures: std::sync::Mutex::default(),
     });
@@ -192,6 +195,24 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         interval: prometheus.interval(),
         prometheus,
         status: Arc::clone(&context.status),
+        clock: clock::system,
+    });
+    let routers = Arc::new(router::Context {
+        world: world.clone(),
+        writer: writer.clone(),
+        status: Arc::clone(&context.status),
+        istiods: Arc::new(Istiods::new(Access {
+            istio_namespace: settings.root_namespace.clone(),
+            server_name: istiod.istiod_name,
+            token: istiod.istiod_token_file,
+            root_certificate: istiod.istiod_ca_file,
+            namespace: namespace.clone(),
+            service_account: istiod.service_account,
+            name: format!("{name}-view"),
+            cluster: istiod.cluster,
+            cluster_domain: settings.cluster_domain.clone(),
+        })),
+        settings: settings.clone(),
         clock: clock::system,
     });
     let candidate = Candidate::stand(client.clone(), namespace, name);
@@ -214,6 +235,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = global_proxy_health::run(world.clone(), Arc::clone(&context.status), settings.clone()) => {}
                 () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
                 () = policy::run(world.clone(), &policies) => {}
+                () = router::run(Arc::clone(&routers)) => {}
                 () = ask(prometheus.as_deref(), &world) => {}
                 () = forget(retention.as_ref(), &world) => {}
             }
@@ -245,7 +267,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
 /// Serves proxies once there is a mesh to understand them by; until then they try another replica.
 async fn serve(
     listener: TcpListener,
-    services: Router,
+    services: Services,
     mut synced: watch::Receiver<bool>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {

@@ -2,15 +2,19 @@
 //! that replicas which learn at the same time never undo one another's.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fenceline_crds::{FencePolicy, FencePolicyStatus, ServiceFence, ServiceFenceStatus};
 use jiff::Timestamp;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::apply::{MANAGER, within};
@@ -156,6 +160,43 @@ impl StatusWriter {
         let outcome = write("FencePolicy/status", "apply", written.is_ok());
         self.metrics.writes.get_or_create(&outcome).inc();
         written.map(drop)
+    }
+
+    /// Writes the status of a Router or a patch, which the leader alone does.
+    ///
+    /// # Errors
+    /// Fails when the API refuses.
+    pub async fn of<K, S>(&self, object: &K, status: &S) -> kube::Result<()>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+        S: Serialize,
+    {
+        let namespace = object.namespace().unwrap_or_default();
+        let patch = json!({
+            "apiVersion": K::api_version(&()),
+            "kind": K::kind(&()),
+            "metadata": {"name": object.name_any(), "uid": object.uid()},
+            "status": status,
+        });
+        let api: Api<K> = Api::namespaced(self.client.clone(), &namespace);
+        let params = PatchParams::apply(MANAGER).force();
+        let written =
+            within(api.patch_status(&object.name_any(), &params, &Patch::Apply(patch))).await;
+        let kind = match K::kind(&()).as_ref() {
+            "Router" => "Router/status",
+            _ => "TrafficPatch/status",
+        };
+        let outcome = write(kind, "apply", written.is_ok());
+        self.metrics.writes.get_or_create(&outcome).inc();
+        match written {
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
     }
 
     /// Publishes an event about an object. Events are for people: one that is lost is logged, no more.

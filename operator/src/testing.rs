@@ -67,6 +67,7 @@ pub(crate) fn pod(world: &mut World, namespace: &str, name: &str, address: &str)
     let facts = PodFacts {
         proxy: Proxy::Sidecar,
         runs: true,
+        ready: true,
         service_account: name.to_owned(),
         workload: name.to_owned(),
         labels: [("app".to_owned(), name.to_owned())].into(),

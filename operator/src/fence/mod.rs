@@ -38,7 +38,7 @@ use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
 use crate::fence::plan::{Plan, Verdict, plan};
 use crate::fence::queue::Queue;
-pub use crate::fence::write::Recent;
+pub use crate::fence::write::RecentObjects;
 use crate::fence::write::{Progress, carry_out, prune};
 use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
@@ -163,7 +163,7 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub clock: Clock,
     pub arrivals: Arrivals,
-    pub recent: Recent,
+    pub recent: RecentObjects,
     pub prometheus: Option<Arc<Prometheus>>,
     pub failures: std::sync::Mutex<std::collections::HashMap<Key, u32>>,
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use futures::StreamExt;
+use kube::Resource;
 use kube::api::ObjectMeta;
 
 use super::plan::{Objects, Verdict, object_key};
@@ -22,16 +23,21 @@ use crate::world::{Key, World};
 /// How long the watch may take to show a Sidecar that is new.
 const SHOWN_WITHIN: Duration = Duration::from_secs(2);
 
-/// The Sidecars that we wrote and that the watch may not have shown yet: a step must not be taken back because it is
-/// not known of.
-#[derive(Debug, Default)]
-pub struct Recent(Mutex<HashMap<Key, (Instant, Arc<Sidecar>)>>);
+/// The objects of a kind that we wrote and that the watch may not have shown yet: a step must not be taken back because it is
+/// not known of, nor anything written twice.
+#[derive(Debug)]
+struct Recent<K>(Mutex<HashMap<Key, (Instant, Arc<K>)>>);
 
-impl Recent {
-    /// The newest Sidecar known here.
-    fn newest(&self, world: &World, key: &Key) -> Option<Arc<Sidecar>> {
+impl<K> Default for Recent<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Resource> Recent<K> {
+    /// The newest object known here, where `seen` is what the watch shows.
+    fn newest(&self, key: &Key, seen: Option<&Arc<K>>) -> Option<Arc<K>> {
         let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = world.sidecars.get(key);
         match recent.get(key) {
             Some((at, written)) => {
                 let unseen = match seen {
@@ -48,14 +54,31 @@ impl Recent {
         }
     }
 
-    fn wrote(&self, key: &Key, sidecar: Sidecar) {
+    fn wrote(&self, key: &Key, object: K) {
         let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.insert(key.clone(), (Instant::now(), Arc::new(sidecar)));
+        recent.insert(key.clone(), (Instant::now(), Arc::new(object)));
     }
 
     fn removed(&self, key: &Key) {
         let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         recent.remove(key);
+    }
+}
+
+/// What was written lately, of both kinds.
+#[derive(Debug, Default)]
+pub struct RecentObjects {
+    sidecars: Recent<Sidecar>,
+    redirects: Recent<EnvoyFilter>,
+}
+
+impl RecentObjects {
+    fn sidecar(&self, world: &World, key: &Key) -> Option<Arc<Sidecar>> {
+        self.sidecars.newest(key, world.sidecars.get(key))
+    }
+
+    fn redirect(&self, world: &World, key: &Key) -> Option<Arc<EnvoyFilter>> {
+        self.redirects.newest(key, world.envoy_filters.get(key))
     }
 }
 
@@ -100,7 +123,7 @@ async fn enforce(
     context: &Context,
 ) -> Result<Progress, Error> {
     let object = object_key(fence);
-    let stored = context.recent.newest(world, &object);
+    let stored = context.recent.sidecar(world, &object);
     let labels = labels(&objects.sidecar);
     if stored
         .as_ref()
@@ -110,9 +133,16 @@ async fn enforce(
         retire(fence, world, context).await?;
         return Ok(Progress::LookAgain);
     }
-    let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
-    if let Some(want) = &objects.redirect {
-        context.writer.ensure::<EnvoyFilter>(want, redirect).await?;
+    let redirect = context.recent.redirect(world, &object);
+    let redirect = redirect.as_deref();
+    if let Some(want) = &objects.redirect
+        && let Some(written) = context.writer.ensure::<EnvoyFilter>(want, redirect).await?
+    {
+        // The patches of what was wanted are shared by all fences; those of the answer are one more copy.
+        let EnvoyFilter { metadata, .. } = written;
+        let spec = want.spec.clone();
+        let written = EnvoyFilter { metadata, spec };
+        context.recent.redirects.wrote(&object, written);
     }
     let arrived = context.arrivals.arrived(fence, &labels, world);
     let before = stored.as_deref().or_else(|| ground(fence, &labels, world));
@@ -165,7 +195,7 @@ async fn take_step(
     };
     if let Some(written) = context.writer.ensure::<Sidecar>(step, stored).await? {
         let object = object_key(fence);
-        context.recent.wrote(&object, written);
+        context.recent.sidecars.wrote(&object, written);
         let hosts = step.spec.egress.iter().flat_map(|listener| &listener.hosts);
         let names = hosts
             .filter_map(|host| host.split_once('/'))
@@ -179,7 +209,7 @@ async fn take_step(
 /// Takes a fence's objects away in steps ([`stage::farewell`]): at last the Sidecar, then the redirect.
 async fn retire(fence: &Key, world: &World, context: &Context) -> Result<(), Error> {
     let object = object_key(fence);
-    let stored = context.recent.newest(world, &object);
+    let stored = context.recent.sidecar(world, &object);
     let stored = stored.filter(|stored| is_of(stored, fence));
     if let Some(stored) = &stored {
         if context.arrivals.is_under_way(fence, Some(stored)) {
@@ -215,11 +245,13 @@ async fn remove(
     context: &Context,
 ) -> Result<(), Error> {
     let object = object_key(fence);
-    let redirect = world.envoy_filters.get(&object).map(AsRef::as_ref);
+    let redirect = context.recent.redirect(world, &object);
     remove_own(sidecar, fence, context).await?;
-    context.recent.removed(&object);
+    context.recent.sidecars.removed(&object);
     context.arrivals.forget(fence);
-    remove_own(redirect, fence, context).await
+    remove_own(redirect.as_deref(), fence, context).await?;
+    context.recent.redirects.removed(&object);
+    Ok(())
 }
 
 /// Removes an object of the fence's, if it is the fence's.

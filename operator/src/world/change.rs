@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Other, Sidecar};
-use fenceline_crds::{FencePolicy, ServiceFence};
+use fenceline_crds::istio::{
+    AuthorizationPolicy, DestinationRule, EnvoyFilter, Other, Sidecar, VirtualService,
+};
+use fenceline_crds::{FencePolicy, Router, ServiceFence, TrafficPatch};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts};
@@ -15,6 +17,12 @@ pub(super) enum Change {
     Service(Key, Option<ServiceFacts>),
     ServiceEntry(Key, Option<NamedHosts>),
     VirtualService(Key, Option<NamedHosts>),
+    /// A VirtualService of ours.
+    OwnRoutes(Key, Option<Box<VirtualService>>),
+    /// A DestinationRule's host, and all of it where it is ours.
+    Rule(Key, Option<String>, Option<Box<DestinationRule>>),
+    Router(Key, Option<Box<Router>>),
+    TrafficPatch(Key, Option<Box<TrafficPatch>>),
     /// A policy, and whether Fenceline wrote it.
     Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
     Pod(Key, Option<PodFacts>),

@@ -15,8 +15,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fenceline_crds::istio::{AuthorizationPolicy, EnvoyFilter, Sidecar};
-use fenceline_crds::{FencePolicy, ServiceFence};
+use fenceline_crds::istio::{
+    AuthorizationPolicy, DestinationRule, EnvoyFilter, Sidecar, VirtualService,
+};
+use fenceline_crds::{FencePolicy, Router, ServiceFence, TrafficPatch};
 use imbl::{HashMap as SharedMap, OrdMap};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
@@ -56,6 +58,8 @@ pub struct PodFacts {
     pub proxy: Proxy,
     /// Whether it has not ended.
     pub runs: bool,
+    /// Whether it takes requests: it says so, and is not about to end.
+    pub ready: bool,
     pub service_account: String,
     /// The Deployment, StatefulSet, Job or CronJob that it is of, as Istio names it.
     pub workload: String,
@@ -123,6 +127,14 @@ pub struct World {
     /// Only those that Fenceline wrote.
     pub envoy_filters: OrdMap<Key, Arc<EnvoyFilter>>,
     pub fences: OrdMap<Key, Arc<ServiceFence>>,
+    pub routers: OrdMap<Key, Arc<Router>>,
+    pub traffic_patches: OrdMap<Key, Arc<TrafficPatch>>,
+    /// The VirtualServices that Fenceline wrote for Routers and patches.
+    pub own_routes: OrdMap<Key, Arc<VirtualService>>,
+    /// The DestinationRules that it wrote.
+    pub own_rules: OrdMap<Key, Arc<DestinationRule>>,
+    /// The host of every DestinationRule.
+    pub rules: OrdMap<Key, Arc<String>>,
     pub fence_policies: OrdMap<String, Arc<FencePolicy>>,
     /// Hosts that MeshConfig makes every proxy need, as it writes them.
     pub mesh_config: Arc<BTreeSet<String>>,
@@ -166,6 +178,11 @@ impl World {
             sidecars: OrdMap::new(),
             envoy_filters: OrdMap::new(),
             fences: OrdMap::new(),
+            routers: OrdMap::new(),
+            traffic_patches: OrdMap::new(),
+            own_routes: OrdMap::new(),
+            own_rules: OrdMap::new(),
+            rules: OrdMap::new(),
             fence_policies: OrdMap::new(),
             mesh_config: Arc::default(),
             definition: None,
@@ -272,6 +289,11 @@ impl World {
 
     pub fn service_at(&self, address: IpAddr) -> Option<&Key> {
         self.service_of_address.get(&address)
+    }
+
+    /// The VirtualServices, and routes of the Gateway API, for a host.
+    pub fn routes_of(&self, fqdn: &str) -> impl Iterator<Item = &Key> {
+        self.routes.get(fqdn).into_iter().flatten()
     }
 
     /// The full name of a Service.

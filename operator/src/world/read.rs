@@ -7,7 +7,7 @@ use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Pod, PodIP};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
 use kube::Resource;
 use kube::api::ObjectMeta;
 use serde::de::DeserializeOwned;
@@ -126,6 +126,14 @@ pub(super) struct LeanPodStatus {
     pub(super) phase: String,
     #[serde(rename = "podIPs")]
     pub(super) pod_ips: Vec<PodIP>,
+    pub(super) conditions: Vec<LeanCondition>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct LeanCondition {
+    #[serde(rename = "type")]
+    pub(super) type_: String,
+    pub(super) status: String,
 }
 
 #[derive(Deserialize)]
@@ -139,6 +147,7 @@ struct LeanMetadata {
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<BTreeMap<String, String>>,
     owner_references: Option<Vec<OwnerReference>>,
+    deletion_timestamp: Option<Time>,
 }
 
 fn lean_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
@@ -150,6 +159,7 @@ fn lean_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMet
         labels,
         annotations,
         owner_references,
+        deletion_timestamp,
     } = LeanMetadata::deserialize(deserializer)?;
     Ok(ObjectMeta {
         name,
@@ -159,6 +169,7 @@ fn lean_metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMet
         labels,
         annotations,
         owner_references,
+        deletion_timestamp,
         ..ObjectMeta::default()
     })
 }

@@ -83,6 +83,15 @@ impl WorldTask {
                     concerned.all = true;
                 }
             }
+            Change::OwnRoutes(key, object) => set(&mut self.world.own_routes, key, object),
+            Change::Rule(key, host, ours) => {
+                set(&mut self.world.rules, key.clone(), host.map(Box::new));
+                set(&mut self.world.own_rules, key, ours);
+            }
+            Change::Router(key, object) => set(&mut self.world.routers, key, object),
+            Change::TrafficPatch(key, object) => {
+                set(&mut self.world.traffic_patches, key, object);
+            }
             Change::Policy(key, facts, ours) => {
                 let old = self.world.policies.get(&key).map(AsRef::as_ref);
                 if old != facts.as_ref() {

@@ -1,0 +1,372 @@
+//! Whether a step of a change has arrived: at every istiod, and at every proxy that has the host in scope.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fenceline_crds::istio::Sidecar;
+use fenceline_crds::{Change, Verify};
+use tokio::sync::watch;
+
+use super::istiod::{Istiods, Kind, ProxyState, Push, Wanted};
+use crate::fence::select::{matches, sidecars_in};
+use crate::world::{Key, PodFacts, World};
+
+/// How often is asked, at first; then more and more rarely.
+const ASK: Duration = Duration::from_millis(50);
+const ASK_RARELY: Duration = Duration::from_secs(1);
+/// Once istiod has sent a step, proxies that it sends nothing for so long are not concerned by it.
+const UNCONCERNED: Duration = Duration::from_secs(10);
+/// How long an istiod may take until it can be asked at all.
+const REACHABLE: Duration = Duration::from_secs(5);
+/// Proxies take what istiod has sent within moments; where they are not asked, so long is allowed.
+const TAKEN_IN: Duration = Duration::from_secs(1);
+/// How many proxies a message names.
+const NAMED: usize = 5;
+
+/// What is waited for.
+#[derive(Clone, Debug)]
+pub struct Expectation {
+    pub service: Key,
+    pub fqdn: String,
+    /// What istiod sends of it; one of these at least.
+    pub wanted: Vec<Wanted>,
+}
+
+impl Expectation {
+    /// What proxies must have acknowledged.
+    fn kinds(&self) -> BTreeSet<Kind> {
+        let kinds = self.wanted.iter().map(|wanted| wanted.kind);
+        kinds
+            // A new cluster takes no requests until it has its endpoints.
+            .flat_map(|kind| match kind {
+                Kind::Clusters => vec![Kind::Clusters, Kind::Endpoints],
+                other => vec![other],
+            })
+            .collect()
+    }
+}
+
+/// How a step ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Arrived,
+    /// Proxies refused it, each with why.
+    Refused(String),
+    /// Some have not got it in time, or have not said so.
+    Late(String),
+}
+
+/// Waits for a step; says meanwhile what it waits for.
+pub async fn until_arrived(
+    istiods: &Istiods,
+    world: &watch::Receiver<Arc<World>>,
+    expectation: &Expectation,
+    change: &Change,
+    say: &watch::Sender<String>,
+) -> Outcome {
+    let started = Instant::now();
+    if change.verify == Verify::Delay {
+        say.send_replace(format!("{:?} are waited, whatever happens", change.delay()));
+        tokio::time::sleep(change.delay()).await;
+        return Outcome::Arrived;
+    }
+    let mut follow = Follow::default();
+    let mut pause = ASK;
+    loop {
+        let now = Arc::clone(&world.borrow());
+        let look = follow.look(istiods, &now, expectation, change).await;
+        match look {
+            Look::Arrived => {
+                for subscriber in istiods.subscribers(&now).values() {
+                    subscriber.forget(&expectation.wanted);
+                }
+                return Outcome::Arrived;
+            }
+            Look::Refused(why) => return Outcome::Refused(why),
+            Look::Waits(why) if started.elapsed() > change.timeout() => return Outcome::Late(why),
+            Look::Waits(why) => drop(say.send_replace(why)),
+        }
+        tokio::time::sleep(pause).await;
+        if started.elapsed() > ASK_RARELY {
+            pause = (pause * 2).min(ASK_RARELY);
+        }
+    }
+}
+
+enum Look {
+    Arrived,
+    Refused(String),
+    Waits(String),
+}
+
+/// What was seen so far.
+#[derive(Debug)]
+struct Follow {
+    started: Instant,
+    /// Since when each istiod has sent it.
+    sent: HashMap<IpAddr, Instant>,
+}
+
+impl Default for Follow {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            sent: HashMap::new(),
+        }
+    }
+}
+
+impl Follow {
+    async fn look(
+        &mut self,
+        istiods: &Istiods,
+        world: &World,
+        expectation: &Expectation,
+        change: &Change,
+    ) -> Look {
+        let subscribers = istiods.subscribers(world);
+        if subscribers.is_empty() {
+            return self.after(change.delay(), "no istiod is known");
+        }
+        let mut waits = Vec::new();
+        for (address, subscriber) in subscribers {
+            subscriber.expect(&expectation.wanted);
+            let Some(push) = subscriber.since(&expectation.wanted) else {
+                if !subscriber.answers() && self.started.elapsed() > REACHABLE {
+                    let why = format!("istiod {address} cannot be asked what it sends");
+                    match self.after(change.delay() + REACHABLE, &why) {
+                        Look::Arrived => continue,
+                        other => return other,
+                    }
+                }
+                waits.push(format!("istiod {address} has not sent it"));
+                continue;
+            };
+            let sent = *self.sent.entry(address).or_insert_with(Instant::now);
+            if change.verify == Verify::ControlPlane {
+                if sent.elapsed() < TAKEN_IN {
+                    waits.push(format!("istiod {address} has sent it a moment ago"));
+                }
+                continue;
+            }
+            match istiods.proxies(address).await {
+                Err(why) => {
+                    if sent.elapsed() < change.delay() {
+                        waits.push(format!(
+                            "proxies cannot be asked: {why}; {:?} are waited",
+                            change.delay()
+                        ));
+                    }
+                }
+                Ok(proxies) => {
+                    let root = &istiods.access().istio_namespace;
+                    let concerned = concerned(world, root, &proxies, expectation);
+                    match judge(&concerned, expectation, push, sent) {
+                        Look::Arrived => {}
+                        Look::Waits(why) => waits.push(why),
+                        refused @ Look::Refused(_) => return refused,
+                    }
+                }
+            }
+        }
+        if waits.is_empty() {
+            Look::Arrived
+        } else {
+            Look::Waits(waits.join("; "))
+        }
+    }
+
+    /// Where nobody can be asked, time must do.
+    fn after(&self, delay: Duration, why: &str) -> Look {
+        if self.started.elapsed() >= delay {
+            Look::Arrived
+        } else {
+            Look::Waits(format!("{why}; {delay:?} are waited"))
+        }
+    }
+}
+
+fn judge(concerned: &[&ProxyState], expectation: &Expectation, push: Push, sent: Instant) -> Look {
+    let kinds = expectation.kinds();
+    let mut refused = Vec::new();
+    let mut waiting = Vec::new();
+    for proxy in concerned {
+        for kind in &kinds {
+            if let Some(why) = proxy.refused(*kind)
+                && proxy.sent(*kind) >= Some(push)
+            {
+                refused.push(format!("{}: {why}", proxy.id));
+                continue;
+            }
+            let acknowledged = proxy.acknowledged(*kind);
+            let has = acknowledged >= Some(push);
+            // istiod sends a proxy nothing where nothing changes for it.
+            let idle = acknowledged.is_some() || !proxy.takes(*kind);
+            let unconcerned = idle && sent.elapsed() > UNCONCERNED;
+            if !has && !unconcerned {
+                waiting.push(proxy.id.clone());
+                break;
+            }
+        }
+    }
+    if !refused.is_empty() {
+        let few: Vec<String> = refused.iter().take(NAMED).cloned().collect();
+        return Look::Refused(format!(
+            "{} proxies refused it: {}",
+            refused.len(),
+            few.join("; ")
+        ));
+    }
+    if waiting.is_empty() {
+        return Look::Arrived;
+    }
+    let few: Vec<String> = waiting.iter().take(NAMED).cloned().collect();
+    Look::Waits(format!(
+        "{} of {} proxies have not got it: {}",
+        waiting.len(),
+        concerned.len(),
+        few.join(", ")
+    ))
+}
+
+/// The proxies that have the host in scope.
+fn concerned<'a>(
+    world: &World,
+    root: &str,
+    proxies: &'a [ProxyState],
+    expectation: &Expectation,
+) -> Vec<&'a ProxyState> {
+    let has = |proxy: &&ProxyState| {
+        let Some((name, namespace)) = proxy.id.rsplit_once('.') else {
+            return false;
+        };
+        // The views of operators are no pods, and one that is gone waits for nothing.
+        let Some(pod) = world.pods.get(&Key::new(namespace, name)) else {
+            return false;
+        };
+        pod.runs
+            && proxy.proxy_type != "router"
+            && is_in_scope(
+                world,
+                root,
+                (namespace, pod),
+                &expectation.service,
+                &expectation.fqdn,
+            )
+    };
+    proxies.iter().filter(has).collect()
+}
+
+/// Whether a pod's proxy has a Service in scope: by the Sidecar for it, for its namespace, or for the mesh.
+/// <https://istio.io/latest/docs/reference/config/networking/sidecar/>
+fn is_in_scope(
+    world: &World,
+    root: &str,
+    (namespace, pod): (&str, &PodFacts),
+    service: &Key,
+    fqdn: &str,
+) -> bool {
+    let selects = |sidecar: &&Sidecar| {
+        let selector = sidecar.spec.workload_selector.as_ref();
+        selector.is_some_and(|selector| {
+            !selector.labels.is_empty() && matches(&selector.labels, &pod.labels)
+        })
+    };
+    let for_all = |sidecar: &&Sidecar| {
+        let selector = sidecar.spec.workload_selector.as_ref();
+        selector.is_none_or(|selector| selector.labels.is_empty())
+    };
+    let own = || sidecars_in(world, namespace).map(|(_, sidecar)| sidecar);
+    let mut of_mesh = sidecars_in(world, root).map(|(_, sidecar)| sidecar);
+    let sidecar = own().find(selects).or_else(|| own().find(for_all));
+    let Some(sidecar) = sidecar.or_else(|| of_mesh.find(for_all)) else {
+        return true;
+    };
+    let mut hosts = sidecar
+        .spec
+        .egress
+        .iter()
+        .flat_map(|listener| &listener.hosts);
+    sidecar.spec.egress.is_empty() || hosts.any(|host| includes(host, namespace, service, fqdn))
+}
+
+/// Whether `NAMESPACE/HOST` of a Sidecar in `namespace` includes a Service.
+fn includes(host: &str, namespace: &str, service: &Key, fqdn: &str) -> bool {
+    let Some((of, name)) = host.split_once('/') else {
+        return false;
+    };
+    let of = match of {
+        "*" => true,
+        "." => service.namespace == namespace,
+        other => service.namespace == other,
+    };
+    let name = match name.strip_prefix('*') {
+        Some(suffix) => fqdn.ends_with(suffix),
+        None => name == fqdn,
+    };
+    of && name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{foreign_sidecar, pod, service, world};
+
+    #[test]
+    fn who_has_a_service_in_scope() {
+        let mut mesh = world();
+        service(&mut mesh, "bank", "vault", "{}");
+        for (namespace, name, address) in [
+            ("shop", "cart", "10.1.0.1"),
+            ("shop", "front", "10.1.0.2"),
+            ("bank", "till", "10.1.0.3"),
+        ] {
+            pod(&mut mesh, namespace, name, address);
+        }
+        let vault = Key::new("bank", "vault");
+        let has = |mesh: &World, namespace: &str, name: &str| {
+            let pod = &mesh.pods[&Key::new(namespace, name)];
+            is_in_scope(
+                mesh,
+                "istio-system",
+                (namespace, pod),
+                &vault,
+                "vault.bank.svc.cluster.local",
+            )
+        };
+        assert!(
+            has(&mesh, "shop", "cart"),
+            "without a Sidecar everybody has everything"
+        );
+        foreign_sidecar(
+            &mut mesh,
+            "shop",
+            "cart",
+            "{workloadSelector: {labels: {app: cart}}, egress: [{hosts: ['./*']}]}",
+        );
+        assert!(!has(&mesh, "shop", "cart") && has(&mesh, "shop", "front"));
+        foreign_sidecar(
+            &mut mesh,
+            "shop",
+            "all",
+            "{egress: [{hosts: [bank/vault.bank.svc.cluster.local]}]}",
+        );
+        assert!(!has(&mesh, "shop", "cart") && has(&mesh, "shop", "front"));
+        foreign_sidecar(
+            &mut mesh,
+            "istio-system",
+            "all",
+            "{egress: [{hosts: ['istio-system/*']}]}",
+        );
+        assert!(!has(&mesh, "bank", "till") && has(&mesh, "shop", "front"));
+        foreign_sidecar(
+            &mut mesh,
+            "bank",
+            "all",
+            "{egress: [{hosts: ['*/*.bank.svc.cluster.local']}]}",
+        );
+        assert!(has(&mesh, "bank", "till"));
+    }
+}

@@ -1,0 +1,243 @@
+//! Routers and TrafficPatches: one writer for each service, which makes one VirtualService and one DestinationRule of all of them,
+//! and changes those in an order in which no request fails ([`order`]).
+
+pub mod arrival;
+mod expect;
+mod follow;
+mod host;
+pub mod istiod;
+pub mod order;
+pub mod plan;
+#[cfg(test)]
+mod plan_tests;
+mod said;
+mod view;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use imbl::OrdMap;
+use kube::ResourceExt;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use crate::apply::{SERVICE_LABEL, Writer};
+use crate::clock::Clock;
+use crate::fence::Settings;
+use crate::router::host::{Hosts, Next};
+use crate::router::istiod::Istiods;
+use crate::status::StatusWriter;
+use crate::world::{Key, World};
+
+/// How long a change waits for company.
+const COALESCE: Duration = Duration::from_millis(20);
+/// What was missed is healed this often.
+const RESYNC: Duration = Duration::from_secs(600);
+/// How long a service waits after an error.
+const RETRY: Duration = Duration::from_secs(2);
+/// How many services are worked on side by side.
+const CONCURRENCY: usize = 16;
+
+/// What the controller works with.
+pub struct Context {
+    pub world: watch::Receiver<Arc<World>>,
+    pub writer: Writer,
+    pub status: Arc<StatusWriter>,
+    pub settings: Settings,
+    pub istiods: Arc<Istiods>,
+    pub clock: Clock,
+}
+
+/// When each service is to be looked at next.
+#[derive(Debug, Default)]
+struct Due {
+    at: BTreeMap<Key, Instant>,
+    /// Services that are being worked on, and those of them that have changed meanwhile.
+    under_way: BTreeMap<Key, bool>,
+}
+
+impl Due {
+    fn put(&mut self, service: Key, at: Instant) {
+        if let Some(again) = self.under_way.get_mut(&service) {
+            *again = true;
+            return;
+        }
+        let known = self.at.entry(service).or_insert(at);
+        *known = (*known).min(at);
+    }
+
+    /// A service whose time has come.
+    fn take(&mut self, now: Instant) -> Option<Key> {
+        let due = self.at.iter().find(|(_, at)| **at <= now)?.0.clone();
+        self.at.remove(&due);
+        self.under_way.insert(due.clone(), false);
+        Some(due)
+    }
+
+    fn next(&self) -> Option<Instant> {
+        self.at.values().min().copied()
+    }
+
+    fn done(&mut self, service: &Key, next: Option<Instant>) {
+        let again = self.under_way.remove(service).unwrap_or_default();
+        let at = if again { Some(Instant::now()) } else { next };
+        if let Some(at) = at {
+            self.put(service.clone(), at);
+        }
+    }
+}
+
+/// Keeps services as their Routers and patches want them for as long as it is polled: the leader's work.
+pub async fn run(context: Arc<Context>) {
+    let due = Mutex::new(Due::default());
+    let lock = || due.lock().unwrap_or_else(PoisonError::into_inner);
+    let (wake, woken) = mpsc::unbounded_channel();
+    let hosts = Hosts::new(Arc::clone(&context), wake.clone());
+    let changes = async {
+        let mut world = context.world.clone();
+        let mut then: Option<Arc<World>> = None;
+        loop {
+            let now = Arc::clone(&world.borrow_and_update());
+            let concerned = match &then {
+                None => all(&now),
+                Some(then) => concerned(then, &now),
+            };
+            for service in concerned {
+                // Nobody works on it once this replica no longer leads.
+                let _ = wake.send(service);
+            }
+            then = Some(now);
+            if world.changed().await.is_err() {
+                return;
+            }
+            tokio::time::sleep(COALESCE).await;
+        }
+    };
+    let work = work(&hosts, &due, woken);
+    let view = view::run(&context);
+    tokio::select! {
+        () = changes => {}
+        () = work => {}
+        () = view => {}
+    }
+    lock().at.clear();
+}
+
+async fn work(hosts: &Hosts, due: &Mutex<Due>, mut woken: mpsc::UnboundedReceiver<Key>) {
+    let lock = || due.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut working = futures::stream::FuturesUnordered::new();
+    loop {
+        while working.len() < CONCURRENCY
+            && let Some(service) = { lock().take(Instant::now()) }
+        {
+            working.push(async move {
+                let next = hosts.reconcile(&service).await;
+                (service, next)
+            });
+        }
+        let next = { lock().next() };
+        let timer = async {
+            match next {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            service = woken.recv() => match service {
+                Some(service) => lock().put(service, Instant::now()),
+                None => return,
+            },
+            Some((service, next)) = working.next(), if !working.is_empty() => {
+                let at = match next {
+                    Next::Gone => None,
+                    Next::In(time) => Some(Instant::now() + time),
+                };
+                lock().done(&service, at);
+            }
+            () = timer, if working.len() < CONCURRENCY => {}
+        }
+    }
+}
+
+/// The service that an object of ours was written for.
+pub fn service_of<K: ResourceExt>(object: &K) -> Option<Key> {
+    let name = object.labels().get(SERVICE_LABEL)?;
+    Some(Key::new(object.namespace()?, name))
+}
+
+/// Every service that has a Router, a patch, or something of ours.
+fn all(world: &World) -> BTreeSet<Key> {
+    let routers = world.routers.iter();
+    let routers = routers.map(|(key, router)| Key::new(&*key.namespace, &*router.spec.service));
+    let patches = world.traffic_patches.iter();
+    let patches = patches.map(|(key, patch)| Key::new(&*key.namespace, &*patch.spec.service));
+    let rules = world
+        .own_rules
+        .values()
+        .filter_map(|rule| service_of(rule.as_ref()));
+    let routes = world
+        .own_routes
+        .values()
+        .filter_map(|routes| service_of(routes.as_ref()));
+    routers.chain(patches).chain(rules).chain(routes).collect()
+}
+
+/// The services that a change may concern: those of every namespace in which anything changed that the plan looks at.
+fn concerned(then: &World, now: &World) -> BTreeSet<Key> {
+    let mut namespaces = BTreeSet::new();
+    changed(&then.routers, &now.routers, &mut namespaces);
+    changed(&then.traffic_patches, &now.traffic_patches, &mut namespaces);
+    changed(&then.own_rules, &now.own_rules, &mut namespaces);
+    changed(&then.own_routes, &now.own_routes, &mut namespaces);
+    changed(&then.services, &now.services, &mut namespaces);
+    changed(&then.pods, &now.pods, &mut namespaces);
+    let elsewhere = !then.virtual_services.ptr_eq(&now.virtual_services)
+        || !then.rules.ptr_eq(&now.rules)
+        || !then.namespaces.ptr_eq(&now.namespaces);
+    let all = all(now);
+    if elsewhere {
+        return all;
+    }
+    all.into_iter()
+        .filter(|service| namespaces.contains(&service.namespace))
+        .collect()
+}
+
+/// The objects of a namespace.
+fn entries_in<'a, V>(
+    all: &'a OrdMap<Key, Arc<V>>,
+    namespace: &'a str,
+) -> impl Iterator<Item = (&'a Key, &'a Arc<V>)> {
+    all.range(Key::new(namespace, "")..)
+        .take_while(move |(key, _)| key.namespace == namespace)
+}
+
+fn in_namespace<'a, V>(
+    all: &'a OrdMap<Key, Arc<V>>,
+    namespace: &'a str,
+) -> impl Iterator<Item = &'a Arc<V>> {
+    entries_in(all, namespace).map(|(_, object)| object)
+}
+
+fn changed<V: Clone>(
+    then: &OrdMap<Key, Arc<V>>,
+    now: &OrdMap<Key, Arc<V>>,
+    namespaces: &mut BTreeSet<String>,
+) where
+    Arc<V>: PartialEq,
+{
+    use imbl::ordmap::DiffItem;
+    if then.ptr_eq(now) {
+        return;
+    }
+    for item in then.diff(now) {
+        let key = match item {
+            DiffItem::Add(key, _) | DiffItem::Remove(key, _) => key,
+            DiffItem::Update { new: (key, _), .. } => key,
+        };
+        namespaces.insert(key.namespace.clone());
+    }
+}

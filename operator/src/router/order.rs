@@ -1,0 +1,337 @@
+//! The order of a change: which step comes next, so that no request meets a route without its cluster.
+//!
+//! istiod sends a proxy its clusters before its routes, but a new cluster waits for its endpoints while the routes are in force
+//! already; and it takes clusters away before the routes that lead to them. So subsets come first and go last, and between
+//! the steps every proxy is waited for. Each step is worked out from what is stored, so that any leader goes on with it.
+
+use std::collections::BTreeSet;
+
+use fenceline_crds::istio::{DestinationRuleSpec, Subset, VirtualServiceSpec};
+use serde_json::Value;
+
+/// What is stored.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stored<'a> {
+    pub rule: Option<&'a DestinationRuleSpec>,
+    pub routes: Option<&'a VirtualServiceSpec>,
+}
+
+/// How far what is stored has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrived {
+    /// Every proxy has the stored DestinationRule, or none is there.
+    pub rule: bool,
+    /// Every proxy has the stored VirtualService, or knows that none is there.
+    pub routes: bool,
+    /// And has had it for so long that requests under way before have ended.
+    pub drained: bool,
+}
+
+/// The next step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Write this DestinationRule; take it away where there is none.
+    Rule(Stage, Option<DestinationRuleSpec>),
+    /// Write this VirtualService; take it away where there is none.
+    Routes(Option<VirtualServiceSpec>),
+    /// Something that was written has not arrived.
+    Wait(Stage),
+    Done,
+}
+
+/// Where a change stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// What new routes will lead to is on its way to the proxies.
+    AddingSubsets,
+    /// The routes are.
+    ShiftingRoutes,
+    /// Requests to what goes are ending.
+    Draining,
+    /// Nothing leads any more to what goes.
+    RemovingSubsets,
+    Stable,
+}
+
+impl Stage {
+    /// As status shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AddingSubsets => "AddingSubsets",
+            Self::ShiftingRoutes => "ShiftingRoutes",
+            Self::Draining => "Draining",
+            Self::RemovingSubsets => "RemovingSubsets",
+            Self::Stable => "Stable",
+        }
+    }
+}
+
+/// The next step from what is stored to the target.
+pub fn next(
+    stored: Stored<'_>,
+    rule: Option<&DestinationRuleSpec>,
+    routes: Option<&VirtualServiceSpec>,
+    arrived: Arrived,
+) -> Step {
+    // Until nothing leads there any more, a subset stays.
+    let with_all = with_subsets_of(rule, stored.rule);
+    if stored.routes != routes {
+        if stored.rule != with_all.as_ref() {
+            return Step::Rule(Stage::AddingSubsets, with_all);
+        }
+        if !arrived.rule {
+            return Step::Wait(Stage::AddingSubsets);
+        }
+        return Step::Routes(routes.cloned());
+    }
+    if !arrived.routes {
+        // What does not touch subsets need not wait.
+        if stored.rule != with_all.as_ref() {
+            return Step::Rule(Stage::ShiftingRoutes, with_all);
+        }
+        return Step::Wait(Stage::ShiftingRoutes);
+    }
+    if stored.rule == rule {
+        return if arrived.rule {
+            Step::Done
+        } else {
+            Step::Wait(Stage::RemovingSubsets)
+        };
+    }
+    if stored.rule != with_all.as_ref() {
+        return Step::Rule(Stage::AddingSubsets, with_all);
+    }
+    if !arrived.drained {
+        return Step::Wait(Stage::Draining);
+    }
+    Step::Rule(Stage::RemovingSubsets, rule.cloned())
+}
+
+/// The rule, with the subsets that another has and it has not.
+fn with_subsets_of(
+    rule: Option<&DestinationRuleSpec>,
+    other: Option<&DestinationRuleSpec>,
+) -> Option<DestinationRuleSpec> {
+    let (Some(other), rule) = (other, rule) else {
+        return rule.cloned();
+    };
+    let mut whole = rule.cloned().unwrap_or_else(|| DestinationRuleSpec {
+        subsets: Vec::new(),
+        ..other.clone()
+    });
+    let known: BTreeSet<String> = names(&whole).map(str::to_owned).collect();
+    let missing = other.subsets.iter();
+    let missing: Vec<Subset> = missing
+        .filter(|subset| !known.contains(&subset.name))
+        .cloned()
+        .collect();
+    whole.subsets.extend(missing);
+    whole.subsets.sort_by(|a, b| a.name.cmp(&b.name));
+    Some(whole)
+}
+
+/// The subsets of a rule.
+pub fn names(rule: &DestinationRuleSpec) -> impl Iterator<Item = &str> {
+    rule.subsets.iter().map(|subset| subset.name.as_str())
+}
+
+/// The subsets that routes lead to.
+pub fn used(routes: &VirtualServiceSpec) -> BTreeSet<String> {
+    let mut used = BTreeSet::new();
+    for of_protocol in routes.other.values() {
+        collect(of_protocol, &mut used);
+    }
+    used
+}
+
+fn collect(value: &Value, used: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(Value::String(subset)) = fields.get("subset") {
+                used.insert(subset.clone());
+            }
+            fields.values().for_each(|value| collect(value, used));
+        }
+        Value::Array(items) => items.iter().for_each(|value| collect(value, used)),
+        _ => {}
+    }
+}
+
+/// The names of routes, by which it is seen whether a proxy has them.
+pub fn marks(routes: &VirtualServiceSpec) -> BTreeSet<String> {
+    let http = routes.other.get("http").and_then(Value::as_array);
+    let names = http.into_iter().flatten();
+    names
+        .filter_map(|route| Some(route["name"].as_str()?.to_owned()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn rule(subsets: &BTreeSet<String>) -> DestinationRuleSpec {
+        let subset = |name: &String| Subset {
+            name: name.clone(),
+            ..Subset::default()
+        };
+        DestinationRuleSpec {
+            host: "reviews".into(),
+            subsets: subsets.iter().map(subset).collect(),
+            ..DestinationRuleSpec::default()
+        }
+    }
+
+    fn routes(subsets: &BTreeSet<String>) -> VirtualServiceSpec {
+        let to = |name: &String| json!({"destination": {"host": "reviews", "subset": name}});
+        let route: Vec<Value> = subsets.iter().map(to).collect();
+        VirtualServiceSpec {
+            hosts: vec!["reviews".into()],
+            other: [("http".to_owned(), json!([{"name": "main", "route": route}]))].into(),
+            ..VirtualServiceSpec::default()
+        }
+    }
+
+    fn set(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    /// A mesh in which what is written arrives when it is told to.
+    #[derive(Default)]
+    struct Mesh {
+        rule: Option<DestinationRuleSpec>,
+        routes: Option<VirtualServiceSpec>,
+        arrived: Arrived,
+        /// What any proxy may still have: rules are in force everywhere once they have arrived, until then the old one may
+        /// be, and the same for routes.
+        old_rules: Vec<Option<DestinationRuleSpec>>,
+        old_routes: Vec<Option<VirtualServiceSpec>>,
+    }
+
+    impl Mesh {
+        fn step(
+            &mut self,
+            rule: Option<&DestinationRuleSpec>,
+            routes: Option<&VirtualServiceSpec>,
+        ) -> Step {
+            let stored = Stored {
+                rule: self.rule.as_ref(),
+                routes: self.routes.as_ref(),
+            };
+            let step = next(stored, rule, routes, self.arrived);
+            match &step {
+                Step::Rule(_, rule) => {
+                    self.old_rules
+                        .push(std::mem::replace(&mut self.rule, rule.clone()));
+                    self.arrived.rule = false;
+                }
+                Step::Routes(routes) => {
+                    self.old_routes
+                        .push(std::mem::replace(&mut self.routes, routes.clone()));
+                    self.arrived.routes = false;
+                    self.arrived.drained = false;
+                }
+                Step::Wait(_) | Step::Done => {}
+            }
+            step
+        }
+
+        fn arrive(&mut self, what: u8) {
+            if what & 1 != 0 {
+                self.arrived.rule = true;
+                self.old_rules.clear();
+            }
+            if what & 2 != 0 {
+                self.arrived.routes = true;
+            }
+            if what & 4 != 0 && self.arrived.routes {
+                // What was under way by the old routes has ended.
+                self.arrived.drained = true;
+                self.old_routes.clear();
+            }
+        }
+
+        /// Every subset that any proxy's routes lead to is in every rule that any proxy may have.
+        fn is_safe(&self) -> bool {
+            let rules: Vec<BTreeSet<String>> = self
+                .old_rules
+                .iter()
+                .chain([&self.rule])
+                .map(|rule| rule.iter().flat_map(names).map(str::to_owned).collect())
+                .collect();
+            self.old_routes
+                .iter()
+                .chain([&self.routes])
+                .flatten()
+                .all(|routes| rules.iter().all(|rule| used(routes).is_subset(rule)))
+        }
+    }
+
+    #[test]
+    fn a_version_comes_and_another_goes() {
+        let mut mesh = Mesh {
+            rule: Some(rule(&set(&["v1"]))),
+            routes: Some(routes(&set(&["v1"]))),
+            arrived: Arrived {
+                rule: true,
+                routes: true,
+                drained: true,
+            },
+            ..Mesh::default()
+        };
+        let (to, by) = (rule(&set(&["v2"])), routes(&set(&["v2"])));
+        let both = Some(rule(&set(&["v1", "v2"])));
+        let mut steps = Vec::new();
+        for arrives in [0, 1, 0, 2, 0, 4, 0, 1, 0] {
+            steps.push(mesh.step(Some(&to), Some(&by)));
+            mesh.arrive(arrives);
+        }
+        let want = [
+            Step::Rule(Stage::AddingSubsets, both),
+            Step::Wait(Stage::AddingSubsets),
+            Step::Routes(Some(by)),
+            Step::Wait(Stage::ShiftingRoutes),
+            Step::Wait(Stage::Draining),
+            Step::Wait(Stage::Draining),
+            Step::Rule(Stage::RemovingSubsets, Some(to)),
+            Step::Wait(Stage::RemovingSubsets),
+            Step::Done,
+        ];
+        assert_eq!(steps, want);
+    }
+
+    proptest! {
+        /// Whatever is wanted, whenever it changes and whenever it arrives: no proxy has a route to a subset that it may not have,
+        /// and in the end all is as wanted.
+        #[test]
+        fn no_route_without_its_subset(
+            wanted in proptest::collection::vec(proptest::option::of(proptest::collection::btree_set("[a-d]", 1..3)), 1..6),
+            arrivals in proptest::collection::vec(0..8_u8, 24),
+        ) {
+            let mut mesh = Mesh {
+                arrived: Arrived { rule: true, routes: true, drained: true },
+                ..Mesh::default()
+            };
+            let mut arrivals = arrivals.into_iter();
+            let last = wanted.len() - 1;
+            for (index, subsets) in wanted.iter().enumerate() {
+                let (to, by) = (subsets.as_ref().map(rule), subsets.as_ref().map(routes));
+                let steps = if index == last { 40 } else { 4 };
+                let mut done = false;
+                for _ in 0..steps {
+                    done = mesh.step(to.as_ref(), by.as_ref()) == Step::Done;
+                    prop_assert!(mesh.is_safe());
+                    mesh.arrive(arrivals.next().unwrap_or(7));
+                    prop_assert!(mesh.is_safe());
+                }
+                if index == last {
+                    prop_assert!(done);
+                    prop_assert_eq!(&mesh.rule, &to);
+                    prop_assert_eq!(&mesh.routes, &by);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! What a service's VirtualService and DestinationRule should be in the end: a plain function of its Router, the patches and
+//! the endpoints that are ready.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::Hasher as _;
+
+use fenceline_crds::istio::{DestinationRuleSpec, Subset, VirtualServiceSpec};
+use fenceline_crds::{Branch, BranchMatch, RouteProtocol, Router, VersionLabels};
+use serde_json::{Map, Value, json};
+
+use crate::fence::select::Labels;
+use crate::patch::{Outcome, Part, Patches, header_match};
+
+/// What is known of a service.
+pub struct Inputs<'a> {
+    pub host: &'a str,
+    pub router: Option<&'a Router>,
+    pub patches: &'a Patches,
+    /// How many ready endpoints have these labels.
+    pub endpoints: &'a dyn Fn(&Labels) -> u32,
+    /// Branches that may not be reached now, with why: another service of the sandbox is not ready, or its time is over.
+    pub shut: &'a BTreeMap<String, String>,
+}
+
+/// What should be there in the end.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Target {
+    /// Nothing: no DestinationRule.
+    pub rule: Option<DestinationRuleSpec>,
+    /// Nothing: no VirtualService.
+    pub routes: Option<VirtualServiceSpec>,
+    /// Each branch, as it is.
+    pub branches: Vec<BranchPlan>,
+    pub patches: Outcome,
+}
+
+/// What becomes of a branch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BranchPlan {
+    pub name: String,
+    /// Ready endpoints of each version.
+    pub endpoints: BTreeMap<String, u32>,
+    /// Why no requests go there.
+    pub shut: Option<String>,
+    /// Why some versions get none.
+    pub idle: Vec<String>,
+}
+
+/// Why a Router means nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    #[error(
+        "spec.branches: {first} and {second} have both a version {version}; give spec.labels.branch, so that their pods can be told apart"
+    )]
+    SameVersion {
+        first: String,
+        second: String,
+        version: String,
+    },
+    #[error(
+        "spec.branches[{0}].match: sourceBranch needs spec.labels.branch, the label that says a pod's branch"
+    )]
+    NoBranchLabel(String),
+}
+
+/// A subset's name: of the branch and the version, as a DNS label of Istio's.
+/// (pkg/config/validation, `validateSubset`)
+pub fn subset_name(branch: &str, version: &str) -> String {
+    let plain = |text: &str| {
+        !text.contains("--")
+            && text
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+    };
+    let name = format!("{branch}--{version}");
+    if plain(branch) && plain(version) && name.len() <= 63 {
+        return name;
+    }
+    let kept: String = name
+        .to_ascii_lowercase()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .take(50)
+        .collect();
+    format!(
+        "{}-{}",
+        kept.trim_end_matches('-'),
+        short_hash(&format!("{branch}/{version}"))
+    )
+}
+
+/// The same for the same text, whatever version of Fenceline asks: what is written must not change with that.
+pub(super) fn short_hash(text: &str) -> String {
+    let mut hasher = fnv::FnvHasher::default();
+    hasher.write(text.as_bytes());
+    let hash = hasher.finish();
+    format!("{:08x}", (hash ^ (hash >> 32)) & 0xffff_ffff)
+}
+
+/// The labels of a version's pods.
+fn version_labels(labels: &VersionLabels, branch: &str, version: &str) -> Labels {
+    let branch_label = labels.branch.iter();
+    branch_label
+        .map(|label| (label.clone(), branch.to_owned()))
+        .chain([(labels.version.clone(), version.to_owned())])
+        .collect()
+}
+
+/// Works out the target.
+///
+/// # Errors
+/// Says what of the Router makes no sense.
+pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
+    let mut target = Target::default();
+    let Some(router) = inputs.router else {
+        let outcome = &mut target.patches;
+        inputs.patches.refuse_unknown(&BTreeMap::new(), outcome);
+        let policy = inputs.patches.policy(Part::default(), outcome);
+        target.rule = (!policy.is_empty()).then(|| rule(inputs.host, Vec::new(), policy));
+        let routes = base_routes(inputs, outcome);
+        target.routes = (!routes.is_empty()).then(|| http_routes(inputs.host, routes));
+        return Ok(target);
+    };
+    let labels = router.spec.labels.clone().unwrap_or_default();
+    check(router, &labels)?;
+    let mut subsets = Vec::new();
+    let host_policy = inputs.patches.policy(Part::default(), &mut target.patches);
+    let mut routes = Vec::new();
+    for (index, branch) in router.spec.branches.iter().enumerate() {
+        let mut planned = look(branch, &labels, inputs);
+        subsets.extend(subsets_of(
+            branch,
+            &labels,
+            &host_policy,
+            inputs,
+            &mut target.patches,
+        ));
+        let base = index == 0;
+        if !base && planned.shut.is_none() && planned.endpoints.values().all(|ready| *ready == 0) {
+            planned.shut =
+                Some("it has no ready endpoints; its requests go to the base".to_owned());
+        }
+        if planned.shut.is_none() {
+            let of_branch = branch_routes(branch, &planned, &labels, inputs, &mut target.patches);
+            // The base comes last.
+            if base {
+                routes.extend(of_branch);
+            } else {
+                let before = routes.len().saturating_sub(base_count(&routes));
+                routes.splice(before..before, of_branch);
+            }
+        }
+        target.branches.push(planned);
+    }
+    let versions: BTreeMap<&str, BTreeSet<&str>> = router
+        .spec
+        .branches
+        .iter()
+        .map(|branch| {
+            (
+                branch.name.as_str(),
+                branch.versions.keys().map(String::as_str).collect(),
+            )
+        })
+        .collect();
+    inputs
+        .patches
+        .refuse_unknown(&versions, &mut target.patches);
+    subsets.sort_by(|a: &Subset, b| a.name.cmp(&b.name));
+    target.rule = Some(rule(inputs.host, subsets, host_policy));
+    target.routes = Some(match router.spec.protocol {
+        RouteProtocol::Http | RouteProtocol::Grpc => {
+            let mut routes: Vec<Value> = routes.into_iter().map(|(_, route)| route).collect();
+            if router.spec.port.is_some() {
+                // The other ports: a VirtualService takes all of them, and 404 is the answer where none of its routes fits.
+                routes.push(json!({"name": "other-ports", "route": [{"destination": {"host": inputs.host}}]}));
+            }
+            http_routes(inputs.host, routes)
+        }
+        RouteProtocol::Tcp => VirtualServiceSpec {
+            hosts: vec![inputs.host.to_owned()],
+            other: [(
+                "tcp".to_owned(),
+                routes.into_iter().map(|(_, route)| route).collect(),
+            )]
+            .into(),
+            ..VirtualServiceSpec::default()
+        },
+    });
+    Ok(target)
+}
+
+/// How many routes of the base there are, at the end.
+fn base_count(routes: &[(bool, Value)]) -> usize {
+    routes.iter().filter(|(base, _)| *base).count()
+}
+
+fn check(router: &Router, labels: &VersionLabels) -> Result<(), Invalid> {
+    let mut versions: BTreeMap<&str, &str> = BTreeMap::new();
+    for branch in &router.spec.branches {
+        if labels.branch.is_some() {
+            continue;
+        }
+        if branch.matches.iter().any(|one| one.source_branch.is_some()) {
+            return Err(Invalid::NoBranchLabel(branch.name.clone()));
+        }
+        for version in branch.versions.keys() {
+            if let Some(first) = versions.insert(version, &branch.name) {
+                return Err(Invalid::SameVersion {
+                    first: first.to_owned(),
+                    second: branch.name.clone(),
+                    version: version.clone(),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn look(branch: &Branch, labels: &VersionLabels, inputs: &Inputs<'_>) -> BranchPlan {
+    let endpoints = branch.versions.keys().map(|version| {
+        let ready = (inputs.endpoints)(&version_labels(labels, &branch.name, version));
+        (version.clone(), ready)
+    });
+    BranchPlan {
+        name: branch.name.clone(),
+        endpoints: endpoints.collect(),
+        shut: inputs.shut.get(&branch.name).cloned(),
+        idle: Vec::new(),
+    }
+}
+
+fn subsets_of(
+    branch: &Branch,
+    labels: &VersionLabels,
+    host_policy: &Map<String, Value>,
+    inputs: &Inputs<'_>,
+    outcome: &mut Outcome,
+) -> Vec<Subset> {
+    let mut subsets = Vec::new();
+    for version in branch.versions.keys() {
+        let part = Part {
+            branch: Some(&branch.name),
+            version: Some(version),
+        };
+        // Of a subset's policy Istio takes each field whole, or else the host's: so it has everything, or nothing.
+        let mut noted = Outcome::default();
+        let policy = inputs.patches.policy(part, &mut noted);
+        let differs = policy != *host_policy;
+        if differs {
+            outcome.won.extend_all(noted.won);
+            outcome.lost.extend_all(noted.lost);
+        }
+        subsets.push(Subset {
+            name: subset_name(&branch.name, version),
+            labels: version_labels(labels, &branch.name, version),
+            traffic_policy: differs.then(|| policy.into()),
+            ..Subset::default()
+        });
+    }
+    subsets
+}
+
+trait ExtendAll<T> {
+    fn extend_all(&mut self, more: BTreeMap<String, BTreeSet<T>>);
+}
+
+impl<T: Ord> ExtendAll<T> for BTreeMap<String, BTreeSet<T>> {
+    fn extend_all(&mut self, more: Self) {
+        for (key, values) in more {
+            self.entry(key).or_default().extend(values);
+        }
+    }
+}
+
+/// The routes of a branch, each with whether it is the base's.
+fn branch_routes(
+    branch: &Branch,
+    planned: &BranchPlan,
+    labels: &VersionLabels,
+    inputs: &Inputs<'_>,
+    outcome: &mut Outcome,
+) -> Vec<(bool, Value)> {
+    let Some(router) = inputs.router else {
+        return Vec::new();
+    };
+    let base = branch.matches.is_empty();
+    let destinations = destinations(branch, planned, router.spec.port, inputs, outcome);
+    let http = router.spec.protocol != RouteProtocol::Tcp;
+    let own: Vec<Map<String, Value>> = if base {
+        let any = Map::new();
+        let port = router.spec.port.map(|port| with_port(any, port));
+        port.into_iter().collect()
+    } else {
+        let matches = branch.matches.iter();
+        let matches = matches.map(|one| istio_match(one, labels));
+        let port = |one| {
+            router
+                .spec
+                .port
+                .map_or_else(|| Map::clone(&one), |port| with_port(one.clone(), port))
+        };
+        matches.map(port).collect()
+    };
+    if !http {
+        let mut route = json!({"route": destinations});
+        if !own.is_empty() {
+            route["match"] = json!(own);
+        }
+        return vec![(base, route)];
+    }
+    let requests = inputs.patches.routes(Some(&branch.name), &own, outcome);
+    let last = requests.len().saturating_sub(1);
+    let routes = requests.into_iter().enumerate().map(|(index, requests)| {
+        let mut route = requests.fields;
+        let name = if index == last {
+            branch.name.clone()
+        } else {
+            format!("{}-{index}", branch.name)
+        };
+        route.insert("name".into(), name.into());
+        if !requests.matches.is_empty() {
+            route.insert("match".into(), json!(requests.matches));
+        }
+        route.insert("route".into(), json!(destinations));
+        (base, Value::from(route))
+    });
+    routes.collect()
+}
+
+fn with_port(mut one: Map<String, Value>, port: u16) -> Map<String, Value> {
+    one.insert("port".into(), port.into());
+    one
+}
+
+fn istio_match(one: &BranchMatch, labels: &VersionLabels) -> Map<String, Value> {
+    let mut result = Map::new();
+    if let Some(header) = &one.header {
+        let headers: Map<String, Value> = [header_match(header)].into_iter().collect();
+        result.insert("headers".into(), headers.into());
+    }
+    if let (Some(branch), Some(label)) = (&one.source_branch, &labels.branch) {
+        result.insert("sourceLabels".into(), json!({label: branch}));
+    }
+    result
+}
+
+/// Where a branch's requests go: to the versions that have endpoints, by weight. Where none has, to all of them: there is nothing
+/// better.
+fn destinations(
+    branch: &Branch,
+    planned: &BranchPlan,
+    port: Option<u16>,
+    inputs: &Inputs<'_>,
+    outcome: &mut Outcome,
+) -> Vec<Value> {
+    let ready = |version: &str| {
+        planned
+            .endpoints
+            .get(version)
+            .is_some_and(|ready| *ready > 0)
+    };
+    let any = branch
+        .versions
+        .iter()
+        .any(|(version, weight)| *weight > 0 && ready(version));
+    let chosen = branch
+        .versions
+        .iter()
+        .filter(|(version, weight)| **weight > 0 && (!any || ready(version)));
+    let chosen: Vec<(&String, u32)> = chosen.map(|(version, weight)| (version, *weight)).collect();
+    let divisor = chosen
+        .iter()
+        .fold(0, |all, (_, weight)| gcd(all, *weight))
+        .max(1);
+    let several = chosen.len() > 1;
+    let to = |(version, weight): (&String, u32)| {
+        let mut destination =
+            json!({"host": inputs.host, "subset": subset_name(&branch.name, version)});
+        if let Some(port) = port {
+            destination["port"] = json!({"number": port});
+        }
+        let mut route = json!({"destination": destination});
+        if several {
+            route["weight"] = json!(weight / divisor);
+        }
+        let part = Part {
+            branch: Some(&branch.name),
+            version: Some(version),
+        };
+        if let Some(headers) = inputs.patches.headers_of(part, outcome) {
+            route["headers"] = headers;
+        }
+        route
+    };
+    chosen.into_iter().map(to).collect()
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// The routes of a service without a Router: its own endpoints, with what patches set.
+fn base_routes(inputs: &Inputs<'_>, outcome: &mut Outcome) -> Vec<Value> {
+    if !inputs.patches.have_http() {
+        return Vec::new();
+    }
+    let requests = inputs.patches.routes(None, &[], outcome);
+    let last = requests.len().saturating_sub(1);
+    let routes = requests.into_iter().enumerate().map(|(index, requests)| {
+        let mut route = requests.fields;
+        let name = if index == last {
+            "base".to_owned()
+        } else {
+            format!("base-{index}")
+        };
+        route.insert("name".into(), name.into());
+        if !requests.matches.is_empty() {
+            route.insert("match".into(), json!(requests.matches));
+        }
+        route.insert(
+            "route".into(),
+            json!([{"destination": {"host": inputs.host}}]),
+        );
+        Value::from(route)
+    });
+    routes.collect()
+}
+
+fn rule(host: &str, subsets: Vec<Subset>, policy: Map<String, Value>) -> DestinationRuleSpec {
+    DestinationRuleSpec {
+        host: host.to_owned(),
+        subsets,
+        traffic_policy: (!policy.is_empty()).then(|| policy.into()),
+        ..DestinationRuleSpec::default()
+    }
+}
+
+/// Each route's name ends with a mark of what all of them say, by which it is seen whether a proxy has these routes or others.
+fn http_routes(host: &str, mut routes: Vec<Value>) -> VirtualServiceSpec {
+    let mark = short_hash(&json!(routes).to_string());
+    for route in &mut routes {
+        let name = route["name"].as_str().unwrap_or_default();
+        route["name"] = json!(format!("{name}.{mark}"));
+    }
+    VirtualServiceSpec {
+        hosts: vec![host.to_owned()],
+        other: [("http".to_owned(), routes.into())].into(),
+        ..VirtualServiceSpec::default()
+    }
+}

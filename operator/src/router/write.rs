@@ -1,0 +1,277 @@
+//! The objects of a service: what is stored, and what is written with it for whoever leads next.
+
+use std::collections::BTreeMap;
+
+use fenceline_crds::istio::{
+    DestinationRule, DestinationRuleSpec, VirtualService, VirtualServiceSpec,
+};
+use fenceline_crds::{RouteProtocol, Router};
+use k8s_openapi::api::core::v1::Service;
+use kube::api::ObjectMeta;
+use kube::{Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::Context;
+use super::host::Gathered;
+use super::plan::{Target, short_hash};
+use crate::apply::{self, MANAGED_BY, MANAGER, Owned, SERVICE_LABEL};
+use crate::world::{Key, World};
+
+/// What was in force before, as JSON: it is put back if what replaced it is refused.
+const LAST_GOOD: &str = "fenceline.dev/last-good";
+/// The target that was refused, in short, and why. It is not tried again.
+const REFUSED: &str = "fenceline.dev/refused";
+const REFUSED_WHY: &str = "fenceline.dev/refused-why";
+/// An annotation may be long, but nobody reads it.
+const LONGEST_WHY: usize = 1000;
+
+/// What is stored of ours.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Objects {
+    pub(super) rule: Option<DestinationRule>,
+    pub(super) routes: Option<VirtualService>,
+}
+
+impl Objects {
+    pub(super) fn stored(service: &Key, world: &World) -> Self {
+        let key = Key::new(&*service.namespace, name(service));
+        Self {
+            rule: world.own_rules.get(&key).map(|rule| rule.as_ref().clone()),
+            routes: world
+                .own_routes
+                .get(&key)
+                .map(|routes| routes.as_ref().clone()),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.rule.is_none() && self.routes.is_none()
+    }
+
+    /// Why this target was taken back, if it was.
+    pub(super) fn refused(&self, wanted: &str) -> Option<String> {
+        let rule = self.rule.iter().map(ResourceExt::annotations);
+        let mut all = rule.chain(self.routes.iter().map(ResourceExt::annotations));
+        let refused = all.find(|notes| notes.get(REFUSED).is_some_and(|mark| mark == wanted))?;
+        Some(refused.get(REFUSED_WHY).cloned().unwrap_or_default())
+    }
+}
+
+/// The name of a service's objects.
+pub(super) fn name(service: &Key) -> String {
+    format!("fenceline-{}", service.name)
+}
+
+/// A target, in short.
+pub(super) fn mark(target: &Target) -> String {
+    short_hash(&json!([target.rule, target.routes]).to_string())
+}
+
+/// The versions of what was written.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Versions {
+    rule: Option<Option<String>>,
+    routes: Option<Option<String>>,
+}
+
+impl Versions {
+    pub(super) fn of_rule(version: Option<String>) -> Self {
+        Self {
+            rule: Some(version),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn of_routes(version: Option<String>) -> Self {
+        Self {
+            routes: Some(version),
+            ..Self::default()
+        }
+    }
+
+    /// Whether these objects are as new. What was removed is gone, what was written is there, or something newer.
+    pub(super) fn are_shown_by(&self, objects: &Objects) -> bool {
+        let number =
+            |version: &Option<String>| version.as_ref().and_then(|text| text.parse::<u64>().ok());
+        let shown = |written: &Option<Option<String>>, stored: Option<Option<String>>| match written
+        {
+            None => true,
+            Some(None) => stored.is_none(),
+            Some(version) => stored.is_some_and(|stored| number(&stored) >= number(version)),
+        };
+        shown(
+            &self.rule,
+            objects.rule.as_ref().map(ResourceExt::resource_version),
+        ) && shown(
+            &self.routes,
+            objects.routes.as_ref().map(ResourceExt::resource_version),
+        )
+    }
+}
+
+/// What is noted on an object.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Note(BTreeMap<String, String>);
+
+impl Note {
+    /// `good` is what is in force now; where that has not arrived either, what was before it.
+    pub(super) fn good<S: serde::Serialize, K: ResourceExt>(
+        good: Option<&S>,
+        stored: Option<&K>,
+    ) -> Self {
+        let good = good.and_then(|good| serde_json::to_string(good).ok());
+        let before = || stored?.annotations().get(LAST_GOOD).cloned();
+        Self(
+            good.or_else(before)
+                .map(|good| (LAST_GOOD.to_owned(), good))
+                .into_iter()
+                .collect(),
+        )
+    }
+
+    pub(super) fn refused(
+        stored: Option<&BTreeMap<String, String>>,
+        wanted: &str,
+        why: &str,
+    ) -> Self {
+        let good = stored.and_then(|notes| notes.get_key_value(LAST_GOOD));
+        let mut notes: BTreeMap<String, String> = good
+            .map(|(name, good)| (name.clone(), good.clone()))
+            .into_iter()
+            .collect();
+        notes.insert(REFUSED.to_owned(), wanted.to_owned());
+        notes.insert(
+            REFUSED_WHY.to_owned(),
+            why.chars().take(LONGEST_WHY).collect(),
+        );
+        Self(notes)
+    }
+}
+
+/// What was in force before this object was written.
+pub(super) fn last_good<S: DeserializeOwned>(stored: &impl ResourceExt) -> Option<S> {
+    serde_json::from_str(stored.annotations().get(LAST_GOOD)?).ok()
+}
+
+/// Routes as there are none.
+pub(super) fn plain_routes(fqdn: &str) -> Option<VirtualServiceSpec> {
+    let route = json!([{"name": "plain", "route": [{"destination": {"host": fqdn}}]}]);
+    Some(VirtualServiceSpec {
+        hosts: vec![fqdn.to_owned()],
+        other: [("http".to_owned(), route)].into(),
+        ..VirtualServiceSpec::default()
+    })
+}
+
+/// The subsets alone.
+pub(super) fn without_policies(rule: &DestinationRuleSpec) -> DestinationRuleSpec {
+    let mut rule = rule.clone();
+    rule.traffic_policy = None;
+    for subset in &mut rule.subsets {
+        subset.traffic_policy = None;
+    }
+    rule
+}
+
+/// What has a spec and metadata.
+pub(super) trait Made: Owned {
+    fn made(name: &str, spec: <Self as Owned>::Spec) -> Self;
+}
+
+impl Made for DestinationRule {
+    fn made(name: &str, spec: DestinationRuleSpec) -> Self {
+        Self::new(name, spec)
+    }
+}
+
+impl Made for VirtualService {
+    fn made(name: &str, spec: VirtualServiceSpec) -> Self {
+        Self::new(name, spec)
+    }
+}
+
+/// The object as it is to be written. It goes with Fenceline's own kinds, not with the Router: Fenceline takes it away in
+/// steps.
+pub(super) fn object<K: Made>(
+    gathered: &Gathered<'_>,
+    spec: K::Spec,
+    note: &Note,
+    world: &World,
+) -> K {
+    let name = name(gathered.service);
+    let mut object = K::made(&name, spec);
+    *object.meta_mut() = ObjectMeta {
+        name: Some(name),
+        namespace: Some(gathered.service.namespace.clone()),
+        labels: Some(
+            [
+                (MANAGED_BY.to_owned(), MANAGER.to_owned()),
+                (SERVICE_LABEL.to_owned(), gathered.service.name.clone()),
+            ]
+            .into(),
+        ),
+        annotations: (!note.0.is_empty()).then(|| note.0.clone()),
+        owner_references: world.definition.clone().map(|owner| vec![owner]),
+        ..ObjectMeta::default()
+    };
+    object
+}
+
+/// Makes the Service that a Router wants made.
+pub(super) async fn ensure_service(
+    router: &Router,
+    world: &World,
+    context: &Context,
+) -> Result<(), apply::Error> {
+    let Some(wanted) = &router.spec.create_service else {
+        return Ok(());
+    };
+    let namespace = router.namespace().unwrap_or_default();
+    let key = Key::new(&*namespace, &*router.spec.service);
+    let (name, protocol) = match router.spec.protocol {
+        RouteProtocol::Http => ("http", "http"),
+        RouteProtocol::Grpc => ("grpc", "grpc"),
+        RouteProtocol::Tcp => ("tcp", "tcp"),
+    };
+    let ports: Vec<_> = wanted
+        .ports
+        .iter()
+        .map(|port| {
+            json!({
+                "name": format!("{name}-{}", port.port),
+                "port": port.port,
+                "targetPort": port.target_port.unwrap_or(port.port),
+                "protocol": "TCP",
+                "appProtocol": protocol,
+            })
+        })
+        .collect();
+    // What is there already is compared by what it means.
+    let has = world.services.get(&key).is_some_and(|facts| {
+        let known = facts.http_ports.iter().chain(&facts.other_ports);
+        let wanted_ports = wanted.ports.iter().map(|port| port.port);
+        facts.selector == wanted.selector
+            && known.copied().collect::<std::collections::BTreeSet<_>>() == wanted_ports.collect()
+    });
+    if has {
+        return Ok(());
+    }
+    let service: Result<Service, _> = serde_json::from_value(json!({
+        "metadata": {
+            "name": key.name,
+            "namespace": namespace,
+            "labels": {MANAGED_BY: MANAGER},
+            "ownerReferences": router.controller_owner_ref(&()).map(|owner| vec![owner]),
+        },
+        "spec": {"selector": wanted.selector, "ports": ports},
+    }));
+    match service {
+        Ok(service) => context.writer.ensure_service(&service).await,
+        // Whatever the schema lets through makes a Service.
+        Err(error) => {
+            tracing::error!(%error, "a Service of a Router");
+            Ok(())
+        }
+    }
+}
