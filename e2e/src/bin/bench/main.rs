@@ -8,6 +8,7 @@ mod ingest;
 mod learn;
 mod numbers;
 mod plan;
+mod route_change;
 mod scope;
 
 use std::fmt::Write as _;
@@ -43,12 +44,14 @@ enum Bench {
     Idle(idle::Flags),
     /// The operator killed in such a mesh, and started.
     Restart(idle::Flags),
+    /// A service's traffic moved from one version to another under load.
+    RouteChange(route_change::Flags),
     /// The pure planner.
     Plan(plan::Flags),
 }
 
 /// In the order in which all of them run.
-const NAMES: [&str; 8] = [
+const NAMES: [&str; 9] = [
     "plan",
     "ingest",
     "fence",
@@ -56,6 +59,7 @@ const NAMES: [&str; 8] = [
     "restart",
     "learn",
     "first-call",
+    "route-change",
     "scope",
 ];
 
@@ -71,6 +75,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Fence(flags) => measured(async |lab| fence::run(lab, flags).await)?,
         Bench::Idle(flags) => measured(async |lab| idle::idle(lab, flags).await)?,
         Bench::Restart(flags) => measured(async |lab| idle::restart(lab, flags).await)?,
+        Bench::RouteChange(flags) => measured(async |lab| route_change::run(lab, flags).await)?,
         Bench::Ingest(flags) => measured(async |lab| ingest::run(lab, flags).await)?,
         Bench::FirstCall(flags) => measured(async |lab| first_call::run(lab, flags).await)?,
     };

@@ -64,11 +64,26 @@ pub(super) fn run(flags: &Flags) -> anyhow::Result<Value> {
     let all = started.elapsed();
     println!("{} fences with {hosts} hosts: {all:.1?}", mesh.fences.len());
     anyhow::ensure!(hosts >= flags.services * flags.dependencies);
+    // The fences that a changed Service concerns are looked up, as the operator does by its index.
+    let changed = mesh.fqdn(&place(flags, flags.services / 2));
+    let names = |fence: &ServiceFence| {
+        let learnt = fence.status.iter().flat_map(|status| &status.dependencies);
+        learnt.into_iter().any(|learnt| learnt.host == changed)
+    };
+    let concerned: Vec<_> = mesh.fences.values().filter(|fence| names(fence)).collect();
+    let started = Instant::now();
+    for fence in &concerned {
+        std::hint::black_box(plan(fence, &mesh, &settings, Timestamp::UNIX_EPOCH));
+    }
+    let one = started.elapsed();
+    println!("a Service that {} fences name: {one:.1?}", concerned.len());
     Ok(json!({
         "services": flags.services,
         "fences": mesh.fences.len(),
         "hosts": hosts,
         "seconds": all.as_secs_f64(),
+        "fences_of_a_service": concerned.len(),
+        "changed_service_ms": super::numbers::ms(one),
         "peak_rss_mb": super::numbers::peak_mb()?,
     }))
 }

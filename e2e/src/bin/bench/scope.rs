@@ -54,15 +54,11 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
         cost.services >= flags.services
     })
     .await?;
-    // A fresh proxy, whose memory never was that large.
-    let namespace = "{apiVersion: networking.istio.io/v1, kind: Sidecar, metadata: {name: default, namespace: idle-0}, \
-                     spec: {egress: [{hosts: ['./*', istio-system/*]}]}}";
-    lab.apply(namespace).await?;
-    lab.delete_pod(CALLER.0, CALLER.1).await?;
-    lab.pod(fenceline_e2e::PodSpec::new(CALLER.0, CALLER.1).http(80))
-        .await?;
+    fresh(lab, "./*").await?;
     lab.get(CALLER, Protocol::Http1, "caller:80").await?;
     let own = settled(lab, "./*", |cost| cost.services < flags.services / 2).await?;
+    fresh(lab, "~/*").await?;
+    let nothing = settled(lab, "nothing in scope", |cost| cost.services < 2).await?;
 
     let mb = |cost: &Cost| (cost.memory / 1e5).round() / 10.0;
     Ok(json!({
@@ -71,6 +67,7 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
         "envoy_mb_full": mb(&full),
         "envoy_mb_namespace": mb(&own),
         "envoy_mb_fenced": mb(&fenced),
+        "envoy_mb_nothing": mb(&nothing),
         "envoy_mb_fenced_half_the_mesh": mb(&half),
         "ratio": (full.memory / fenced.memory * 10.0).round() / 10.0,
         "config_bytes_full": full.config,
@@ -79,6 +76,18 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
         "config_bytes_fenced_half_the_mesh": half.config,
         "config_ratio": (full.config / fenced.config * 10.0).round() / 10.0,
     }))
+}
+
+/// A fresh proxy, whose memory never was that large, with this in scope.
+async fn fresh(lab: &mut Lab, hosts: &str) -> anyhow::Result<()> {
+    let sidecar = format!(
+        "{{apiVersion: networking.istio.io/v1, kind: Sidecar, metadata: {{name: default, namespace: idle-0}}, \
+         spec: {{egress: [{{hosts: ['{hosts}']}}]}}}}"
+    );
+    lab.apply(&sidecar).await?;
+    lab.delete_pod(CALLER.0, CALLER.1).await?;
+    let pod = fenceline_e2e::PodSpec::new(CALLER.0, CALLER.1).http(80);
+    lab.pod(pod).await
 }
 
 fn host(number: usize) -> String {
