@@ -186,6 +186,9 @@ impl Metrics {
             ("EnvoyFilter", world.envoy_filters.len()),
             ("ServiceFence", world.fences.len()),
             ("FencePolicy", world.fence_policies.len()),
+            ("Router", world.routers.len()),
+            ("TrafficPatch", world.traffic_patches.len()),
+            ("DestinationRule", world.rules.len()),
         ] {
             let count = i64::try_from(count).unwrap_or(i64::MAX);
             self.objects.get_or_create(&kind(name)).set(count);

@@ -76,6 +76,7 @@ pub async fn until_arrived(
     let mut pause = ASK;
     loop {
         let now = Arc::clone(&world.borrow());
+        let asked = Instant::now();
         let look = follow.look(istiods, &now, expectation, change).await;
         match look {
             Look::Arrived => {
@@ -88,7 +89,8 @@ pub async fn until_arrived(
             Look::Waits(why) if started.elapsed() > change.timeout() => return Outcome::Late(why),
             Look::Waits(why) => drop(say.send_replace(why)),
         }
-        tokio::time::sleep(pause).await;
+        // Where there are thousands of proxies, an answer is megabytes.
+        tokio::time::sleep(pause.max(asked.elapsed() * 4)).await;
         if started.elapsed() > ASK_RARELY {
             pause = (pause * 2).min(ASK_RARELY);
         }

@@ -62,8 +62,8 @@ pub const KINDS: [&str; 18] = [
     "CustomResourceDefinition",
 ];
 
-/// Kinds that a cluster need not have.
-const OPTIONAL: [&str; 2] = ["HTTPRoute", "GRPCRoute"];
+/// Kinds that a cluster need not have: the Gateway API, and what is newer than Fenceline's first kinds, where somebody updated the operator alone.
+const OPTIONAL: [&str; 4] = ["HTTPRoute", "GRPCRoute", "Router", "TrafficPatch"];
 
 /// Where the world comes out.
 #[derive(Debug)]
@@ -399,7 +399,7 @@ async fn follow<W, F>(
                 known.remove(&key);
                 out.push(change(key, None));
             }
-            // The Gateway API need not be installed; once it is, it is found by trying.
+            // Once it is there, it is found by trying.
             Err(error) if is_absent(&error) && OPTIONAL.contains(&kind) => {
                 out.push(Change::Synced(kind));
             }
