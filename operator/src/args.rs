@@ -27,6 +27,13 @@ pub enum Command {
     /// Says why a workload is fenced as it is: each host in its scope, and why. With a host: why it is in scope, or what a first
     /// call to it would get. Reads the cluster, as your kubeconfig lets it.
     Explain(Box<Explain>),
+    /// Turns VirtualServices and DestinationRules into Routers and TrafficPatches that mean the same: YAML on standard output, and on
+    /// standard error what has no such words, with the field. Applies nothing.
+    Adopt {
+        /// Files with the objects, as `kubectl get … -o yaml` prints them; `-` is standard input.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
     /// Turns Slime's lazyload objects (ServiceFence, SlimeBoot, labels) into Fenceline's: YAML on standard output, and on
     /// standard error of every field what became of it. Applies nothing.
     Migrate {

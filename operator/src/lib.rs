@@ -4,6 +4,7 @@
 //! [`apply`] and [`status`] write.
 
 pub mod admin;
+pub mod adopt;
 pub mod apply;
 pub mod args;
 pub mod budget;

@@ -4,6 +4,14 @@ use anyhow::Context as _;
 use clap::Parser;
 use fenceline::args::{Args, Command};
 
+/// A file's text; `-` is standard input.
+fn read(file: &std::path::Path) -> anyhow::Result<String> {
+    if file.as_os_str() == "-" {
+        return Ok(std::io::read_to_string(std::io::stdin())?);
+    }
+    std::fs::read_to_string(file).with_context(|| file.display().to_string())
+}
+
 /// Most of the operator's work is to read objects, which is to allocate; and what was read should be given back.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -18,11 +26,7 @@ async fn main() -> anyhow::Result<()> {
         }
         Command::Migrate { files } => {
             for file in files {
-                let text = if file.as_os_str() == "-" {
-                    std::io::read_to_string(std::io::stdin())?
-                } else {
-                    std::fs::read_to_string(&file).with_context(|| file.display().to_string())?
-                };
+                let text = read(&file)?;
                 let migration = fenceline::migrate::migrate(&text, fenceline::clock::system())
                     .with_context(|| file.display().to_string())?;
                 for line in &migration.report {
@@ -32,6 +36,22 @@ async fn main() -> anyhow::Result<()> {
                     print!("---\n{object}");
                 }
             }
+            Ok(())
+        }
+        Command::Adopt { files } => {
+            // A VirtualService and its DestinationRule may be in different files.
+            let texts: anyhow::Result<Vec<String>> = files.iter().map(|file| read(file)).collect();
+            let adoption = fenceline::adopt::adopt(&texts?.join("\n---\n"))?;
+            for line in &adoption.refused {
+                eprintln!("{line}");
+            }
+            for object in &adoption.objects {
+                print!("---\n{object}");
+            }
+            anyhow::ensure!(
+                adoption.refused.is_empty(),
+                "not everything has the same meaning here"
+            );
             Ok(())
         }
         Command::Crds => {
