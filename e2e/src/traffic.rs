@@ -46,6 +46,7 @@ impl Target {
 pub struct Failure {
     /// Since the traffic began.
     pub at: Duration,
+    pub took: Duration,
     pub from: String,
     pub to: String,
     pub protocol: Protocol,
@@ -216,6 +217,7 @@ impl Caller {
             Some(reason) => *tally.refused.entry(reason.clone()).or_default() += 1,
             None => tally.failed.push(Failure {
                 at,
+                took: outcome.took,
                 from: self.name.clone(),
                 to: target.call.authority.clone(),
                 protocol,

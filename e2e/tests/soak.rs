@@ -292,6 +292,8 @@ async fn soak(lab: &mut Lab, kind: Kind) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Between the kill and its being noted.
+const SLACK: Duration = Duration::from_millis(100);
 /// More first calls at once are not made here.
 const MOST_ON_THE_WAY: usize = 20;
 
@@ -300,8 +302,7 @@ const MOST_ON_THE_WAY: usize = 20;
 /// nobody leads, and passed on after that; a call that is still held is made again, since no callee has it yet.
 fn went_with_it(failure: &Failure, killed: Option<Duration>) -> bool {
     let meanwhile = killed.is_some_and(|killed| {
-        failure.at + Duration::from_millis(200) > killed
-            && failure.at < killed + Duration::from_secs(2)
+        failure.at + failure.took + SLACK > killed && failure.at < killed + Duration::from_secs(2)
     });
     meanwhile
         && failure
