@@ -16,9 +16,8 @@ pub(super) enum Change {
     Namespace(String, Option<BTreeMap<String, String>>),
     Service(Key, Option<ServiceFacts>),
     ServiceEntry(Key, Option<NamedHosts>),
-    VirtualService(Key, Option<NamedHosts>),
-    /// A VirtualService of ours.
-    OwnRoutes(Key, Option<Box<VirtualService>>),
+    /// A VirtualService's hosts, and all of it where it is ours.
+    VirtualService(Key, Option<NamedHosts>, Option<Box<VirtualService>>),
     /// A DestinationRule's host, and all of it where it is ours.
     Rule(Key, Option<String>, Option<Box<DestinationRule>>),
     Router(Key, Option<Box<Router>>),
@@ -51,7 +50,7 @@ impl Change {
     pub(super) fn route(kind: &str, key: Key, spec: Option<Other>, cluster_domain: &str) -> Self {
         let hosts = spec.map(|spec| NamedHosts::of_route(&key.namespace, &spec, cluster_domain));
         let name = format!("{kind}/{}", key.name);
-        Self::VirtualService(Key::new(key.namespace, name), hosts)
+        Self::VirtualService(Key::new(key.namespace, name), hosts, None)
     }
 }
 

@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, watch};
 use super::change::Change;
 pub use super::change::Concerned;
 use super::dependents::Dependents;
+use super::hosts::full_name;
 use super::read::{Guarded, LeanPod, Watched};
 use super::task::WorldTask;
 use super::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World, mesh_config};
@@ -113,15 +114,17 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
         Change::ServiceEntry(key, object.as_ref().map(NamedHosts::of_service_entry))
     });
     watches.watch(&all, move |key, object: Option<VirtualService>| {
-        let hosts = object.map(|object| NamedHosts::of_virtual_service(&object, &domain));
-        Change::VirtualService(key, hosts)
-    });
-    watches.watch(&ours, |key, object: Option<VirtualService>| {
-        Change::OwnRoutes(key, object.map(Box::new))
+        let hosts = object
+            .as_ref()
+            .map(|object| NamedHosts::of_virtual_service(object, &domain));
+        let ours = object.filter(is_ours).map(Box::new);
+        Change::VirtualService(key, hosts, ours)
     });
     let domain = cluster_domain.clone();
     watches.watch(&all, move |key, object: Option<DestinationRule>| {
-        let host = object.as_ref().map(|rule| full_host(rule, &domain));
+        let host = object
+            .as_ref()
+            .map(|rule| full_name(&rule.spec.host, &key.namespace, &domain));
         let ours = object.filter(is_ours).map(Box::new);
         Change::Rule(key, host, ours)
     });
@@ -246,17 +249,6 @@ fn is_ready(pod: &LeanPod) -> bool {
     let conditions = pod.status.conditions.iter();
     let mut ready = conditions.filter(|condition| condition.type_ == "Ready");
     pod.metadata.deletion_timestamp.is_none() && ready.any(|condition| condition.status == "True")
-}
-
-/// The host of a DestinationRule, in full; a short one is of its own namespace.
-fn full_host(rule: &DestinationRule, cluster_domain: &str) -> String {
-    let host = rule.spec.host.to_ascii_lowercase();
-    let namespace = rule.namespace().unwrap_or_default();
-    if host.contains('.') || host == "*" {
-        host
-    } else {
-        format!("{host}.{namespace}.svc.{cluster_domain}")
-    }
 }
 
 /// What carries a pod's traffic: injection adds a container, and since Istio 1.27 an init container that stays.

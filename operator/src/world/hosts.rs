@@ -167,6 +167,16 @@ impl From<&Service> for ServiceFacts {
     }
 }
 
+/// A host of an object of Istio's, in full; a short one is of the object's own namespace.
+pub(super) fn full_name(host: &str, namespace: &str, cluster_domain: &str) -> String {
+    let host = host.to_ascii_lowercase();
+    if host.contains('.') || host == "*" {
+        host
+    } else {
+        format!("{host}.{namespace}.svc.{cluster_domain}")
+    }
+}
+
 /// What we know of a ServiceEntry or a VirtualService: names that mean something, and to whom.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NamedHosts {
@@ -209,15 +219,7 @@ impl NamedHosts {
         let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
         let spec = &service.spec;
         let mesh = spec.gateways.is_empty() || spec.gateways.iter().any(|name| name == "mesh");
-        let full = |host: &str| {
-            let host = host.to_ascii_lowercase();
-            let short = !host.contains('.') && host != "*";
-            if short {
-                format!("{host}.{namespace}.svc.{cluster_domain}")
-            } else {
-                host
-            }
-        };
+        let full = |host: &str| full_name(host, namespace, cluster_domain);
         let mut destinations = BTreeSet::new();
         let mut delegates = BTreeSet::new();
         for route in spec.other.values().flat_map(leads_to) {

@@ -74,7 +74,8 @@ impl WorldTask {
                     concerned.all = true;
                 }
             }
-            Change::VirtualService(key, hosts) => {
+            Change::VirtualService(key, hosts, ours) => {
+                set(&mut self.world.own_routes, key.clone(), ours);
                 let old = self.world.virtual_services.get(&key).map(AsRef::as_ref);
                 if old != hosts.as_ref() {
                     let mut changed = self.world.hosts_routed_by(&key);
@@ -83,7 +84,6 @@ impl WorldTask {
                     concerned.all = true;
                 }
             }
-            Change::OwnRoutes(key, object) => set(&mut self.world.own_routes, key, object),
             Change::Rule(key, host, ours) => {
                 set(&mut self.world.rules, key.clone(), host.map(Box::new));
                 set(&mut self.world.own_rules, key, ours);
@@ -389,7 +389,10 @@ mod tests {
             ..NamedHosts::default()
         };
         let key = Key::new("bank", "front");
-        take(&mut task, Change::VirtualService(key, Some(elsewhere)));
+        take(
+            &mut task,
+            Change::VirtualService(key, Some(elsewhere), None),
+        );
         let other = ServiceFacts {
             selector: [("app".to_owned(), "other".to_owned())].into(),
             ..ServiceFacts::default()
