@@ -7,7 +7,7 @@ use fenceline_crds::istio::Sidecar;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::core::Selector;
 
-use crate::world::{Key, PodFacts, World};
+use crate::world::{Key, PodFacts, World, in_namespace};
 
 pub type Labels = BTreeMap<String, String>;
 
@@ -67,13 +67,7 @@ pub fn fences_in<'a>(
     world: &'a World,
     namespace: &str,
 ) -> impl Iterator<Item = (&'a Key, &'a ServiceFence)> {
-    let from = Key::new(namespace, "");
-    let namespace = namespace.to_owned();
-    world
-        .fences
-        .range(from..)
-        .take_while(move |(key, _)| key.namespace == namespace)
-        .map(|(key, fence)| (key, fence.as_ref()))
+    in_namespace(&world.fences, namespace).map(|(key, fence)| (key, fence.as_ref()))
 }
 
 /// The Sidecars of `namespace`, whoever wrote them.
@@ -81,20 +75,12 @@ pub fn sidecars_in<'a>(
     world: &'a World,
     namespace: &'a str,
 ) -> impl Iterator<Item = (&'a Key, &'a Sidecar)> {
-    world
-        .sidecars
-        .range(Key::new(namespace, "")..)
-        .take_while(move |(key, _)| key.namespace == namespace)
-        .map(|(key, sidecar)| (key, sidecar.as_ref()))
+    in_namespace(&world.sidecars, namespace).map(|(key, sidecar)| (key, sidecar.as_ref()))
 }
 
 /// The pods of `namespace`.
 pub fn pods_in<'a>(world: &'a World, namespace: &'a str) -> impl Iterator<Item = &'a PodFacts> {
-    world
-        .pods
-        .range(Key::new(namespace, "")..)
-        .take_while(move |(key, _)| key.namespace == namespace)
-        .map(|(_, pod)| pod.as_ref())
+    in_namespace(&world.pods, namespace).map(|(_, pod)| pod.as_ref())
 }
 
 /// The pods of `namespace` that `labels` select.

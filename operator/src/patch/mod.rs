@@ -12,8 +12,6 @@ use serde_json::{Map, Value, json};
 
 use merge::Merged;
 
-use crate::world::Key;
-
 /// Of the requests that patches with a `match` tell apart, each combination is a route of its own.
 const MOST_MATCHING: usize = 5;
 
@@ -33,6 +31,17 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Takes in what became of further fields.
+    pub fn extend(&mut self, more: Self) {
+        for (patch, fields) in more.won {
+            self.won.entry(patch).or_default().extend(fields);
+        }
+        for (patch, fields) in more.lost {
+            self.lost.entry(patch).or_default().extend(fields);
+        }
+        self.refused.extend(more.refused);
+    }
+
     fn note(&mut self, whole: &str, merged: &Merged) {
         let of = |field: &str| format!("{whole}.{field}");
         for (field, patch) in &merged.winners {
@@ -320,16 +329,4 @@ pub fn header_match(header: &fenceline_crds::HeaderMatch) -> (String, Value) {
         value.remove("name");
     }
     (header.name.clone(), value)
-}
-
-/// The patches of each service.
-pub fn by_service<'a>(
-    patches: impl Iterator<Item = (&'a Key, &'a Arc<TrafficPatch>)>,
-) -> BTreeMap<Key, Vec<Arc<TrafficPatch>>> {
-    let mut services: BTreeMap<Key, Vec<Arc<TrafficPatch>>> = BTreeMap::new();
-    for (key, patch) in patches {
-        let service = Key::new(&*key.namespace, &*patch.spec.service);
-        services.entry(service).or_default().push(Arc::clone(patch));
-    }
-    services
 }

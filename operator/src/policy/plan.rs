@@ -15,7 +15,7 @@ use crate::apply::{MANAGED_BY, MANAGER};
 use crate::fence::Settings;
 use crate::fence::select::{self, Labels, matches};
 use crate::world::feed::is_ours;
-use crate::world::{Key, PodFacts, World};
+use crate::world::{Key, PodFacts, World, in_namespace};
 
 /// `enforce`, `observe` or `off`, on a Service or a Namespace.
 pub const FENCE: &str = "fenceline.dev/fence";
@@ -242,11 +242,7 @@ impl Maker<'_> {
     /// the same pods, the one that selects most, then the first in the alphabet. Where the whole namespace has a fence, only
     /// those that say something themselves.
     fn services(&self, whole: bool) -> BTreeMap<String, (&Labels, Wish)> {
-        let of_namespace = self
-            .world
-            .services
-            .range(Key::new(self.namespace, "")..)
-            .take_while(|(key, _)| key.namespace == self.namespace)
+        let of_namespace = in_namespace(&self.world.services, self.namespace)
             .filter(|(_, facts)| !facts.external_name && !facts.selector.is_empty());
         let all: Vec<_> = of_namespace.collect();
         let stands_for = |index: usize| {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use fenceline_crds::istio::{DestinationRuleSpec, VirtualServiceSpec};
 
 use super::arrival::Expectation;
-use super::host::Gathered;
+use super::gather::Gathered;
 use super::istiod::{Kind, Wanted};
 use super::order;
 use crate::world::World;

@@ -1,26 +1,23 @@
 //! One service at a time: gather, plan, the next step, status.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fenceline_crds::istio::{
-    DestinationRule, DestinationRuleSpec, VirtualService, VirtualServiceSpec,
-};
+use fenceline_crds::istio::{DestinationRule, VirtualService};
 use fenceline_crds::{Change, Router};
-use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::arrival::{Expectation, Outcome};
 use super::follow::Followed;
+use super::gather::{Gathered, endpoints, gather};
 use super::order::{self, Arrived, Stage, Step, Stored};
 use super::plan::{Inputs, Target, plan, short_hash, subset_name};
-use super::write::{self, Objects};
-use super::{Context, RESYNC, RETRY, expect, said};
-use crate::fence::select::{Labels, matches, pods_in};
-use crate::patch::{Patches, by_service};
+use super::write::{self, Made, Objects};
+use super::{Context, RESYNC, RETRY, said};
+use crate::fence::select::Labels;
 use crate::world::{Key, World};
 
 /// While something is waited for, status says what, this often.
@@ -45,24 +42,11 @@ pub(super) struct Hosts {
 
 /// What is on its way of one service.
 #[derive(Debug, Default)]
-struct OnTheWay {
-    rule: Option<Followed>,
-    routes: Option<Followed>,
+pub(super) struct OnTheWay {
+    pub(super) rule: Option<Followed>,
+    pub(super) routes: Option<Followed>,
     /// The versions of objects that we wrote: until the watch shows them or newer ones, nothing is worked out.
     written: Option<(Instant, write::Versions)>,
-}
-
-/// What a service is, and what somebody wants of it.
-pub(super) struct Gathered<'a> {
-    pub(super) service: &'a Key,
-    pub(super) fqdn: String,
-    pub(super) router: Option<Arc<Router>>,
-    /// Routers of the same service that are younger.
-    pub(super) juniors: Vec<Arc<Router>>,
-    pub(super) patches: Patches,
-    pub(super) objects: Objects,
-    /// What stands in the way.
-    pub(super) conflicts: Vec<String>,
 }
 
 /// Where a service stands.
@@ -170,13 +154,23 @@ impl Hosts {
         }
         let change = change(gathered.router.as_deref());
         self.follow_stored(gathered, &change, world);
-        if let Some((stage, why)) = self.failure(gathered.service) {
-            return self.put_back(gathered, stage, &why, &wanted, world).await;
+        match self.failure(gathered.service) {
+            None => {}
+            Some((stage @ Stage::ShiftingRoutes, why)) => {
+                return self
+                    .put_back::<VirtualService>(gathered, stage, &why, &wanted, world)
+                    .await;
+            }
+            Some((stage, why)) => {
+                return self
+                    .put_back::<DestinationRule>(gathered, stage, &why, &wanted, world)
+                    .await;
+            }
         }
         let arrived = self.arrived(gathered.service, &change);
         let stored = Stored {
-            rule: gathered.objects.rule.as_ref().map(|rule| &rule.spec),
-            routes: gathered.objects.routes.as_ref().map(|routes| &routes.spec),
+            rule: spec_of::<DestinationRule>(gathered),
+            routes: spec_of::<VirtualService>(gathered),
         };
         match order::next(
             stored,
@@ -190,21 +184,22 @@ impl Hosts {
             }
             Step::Rule(stage, rule) => {
                 let good = stored.rule.filter(|_| arrived.rule);
-                let note = write::Note::good(good, gathered.objects.rule.as_ref());
-                self.write_rule(gathered, stage, rule, &note, &change, world)
+                let note = write::Note::good(good, gathered.objects.rule.as_deref());
+                self.write::<DestinationRule>(gathered, stage, rule, &note, &change, world)
                     .await
             }
             Step::Routes(routes) => {
                 let good = stored.routes.filter(|_| arrived.routes);
-                let note = write::Note::good(good, gathered.objects.routes.as_ref());
-                self.write_routes(gathered, routes, &note, &change, world)
+                let note = write::Note::good(good, gathered.objects.routes.as_deref());
+                let stage = Stage::ShiftingRoutes;
+                self.write::<VirtualService>(gathered, stage, routes, &note, &change, world)
                     .await
             }
         }
     }
 
     /// Puts back what was in force before, and leaves it so until something else is wanted.
-    async fn put_back(
+    async fn put_back<K: Made>(
         &self,
         gathered: &Gathered<'_>,
         stage: Stage,
@@ -217,122 +212,47 @@ impl Hosts {
             ..change(gathered.router.as_deref())
         };
         tracing::warn!(service = %gathered.service, stage = stage.name(), why, "a change is taken back");
-        let note =
-            |object: Option<&BTreeMap<String, String>>| write::Note::refused(object, wanted, why);
-        let written = if stage == Stage::ShiftingRoutes {
-            let stored = gathered.objects.routes.as_ref();
-            let last: Option<VirtualServiceSpec> = stored.and_then(write::last_good);
-            // None was there before: the service's own endpoints then.
-            let last = last.or_else(|| write::plain_routes(&gathered.fqdn));
-            let note = note(stored.map(ResourceExt::annotations));
-            self.write_routes(gathered, last, &note, &change, world)
-                .await
-        } else {
-            let stored = gathered.objects.rule.as_ref();
-            let last: Option<DestinationRuleSpec> = stored.and_then(write::last_good);
-            let last = last.or_else(|| stored.map(|stored| write::without_policies(&stored.spec)));
-            let note = note(stored.map(ResourceExt::annotations));
-            self.write_rule(gathered, stage, last, &note, &change, world)
-                .await
-        };
-        match written {
+        let note = write::Note::refused(K::of(&gathered.objects), wanted, why);
+        let last = K::last_good(gathered);
+        match self
+            .write::<K>(gathered, stage, last, &note, &change, world)
+            .await
+        {
             Standing::Failing(error) => Standing::Failing(error),
             _ => Standing::Refused(why.to_owned()),
         }
     }
 
-    async fn write_rule(
+    async fn write<K: Made>(
         &self,
         gathered: &Gathered<'_>,
         stage: Stage,
-        rule: Option<DestinationRuleSpec>,
+        spec: Option<K::Spec>,
         note: &write::Note,
         change: &Change,
         world: &World,
     ) -> Standing {
-        let before = gathered.objects.rule.as_ref().map(|rule| &rule.spec);
-        let expectation = expect::rule(gathered, before, rule.as_ref(), world);
-        let followed = self.follow(content(rule.as_ref()), expectation, change);
-        let have = gathered.objects.rule.as_ref();
-        let written = match rule {
-            Some(spec) => {
-                let want = write::object::<DestinationRule>(gathered, spec, note, world);
-                self.context
-                    .writer
-                    .ensure::<DestinationRule>(&want, have)
-                    .await
+        let before = spec_of::<K>(gathered);
+        let expectation = K::expected(gathered, before, spec.as_ref(), world);
+        let followed = self.follow(content(spec.as_ref()), expectation, change);
+        let have = K::of(&gathered.objects);
+        let writer = &self.context.writer;
+        let written = match (spec, have) {
+            (Some(spec), have) => {
+                let want = write::object::<K>(gathered, spec, note, world);
+                writer.ensure::<K>(&want, have).await
             }
-            None => self.remove(have).await,
+            (None, Some(have)) => writer.remove(have).await.map(|()| None),
+            (None, None) => Ok(None),
         };
-        self.wrote(
-            gathered.service,
-            written,
-            |on_the_way, version| {
-                on_the_way.rule = Some(followed);
-                write::Versions::of_rule(version)
-            },
-            stage,
-        )
-    }
-
-    async fn write_routes(
-        &self,
-        gathered: &Gathered<'_>,
-        routes: Option<VirtualServiceSpec>,
-        note: &write::Note,
-        change: &Change,
-        world: &World,
-    ) -> Standing {
-        let before = gathered.objects.routes.as_ref().map(|routes| &routes.spec);
-        let expectation = expect::routes(gathered, before, routes.as_ref());
-        let followed = self.follow(content(routes.as_ref()), expectation, change);
-        let have = gathered.objects.routes.as_ref();
-        let written = match routes {
-            Some(spec) => {
-                let want = write::object::<VirtualService>(gathered, spec, note, world);
-                self.context
-                    .writer
-                    .ensure::<VirtualService>(&want, have)
-                    .await
-            }
-            None => self.remove(have).await,
-        };
-        self.wrote(
-            gathered.service,
-            written,
-            |on_the_way, version| {
-                on_the_way.routes = Some(followed);
-                write::Versions::of_routes(version)
-            },
-            Stage::ShiftingRoutes,
-        )
-    }
-
-    async fn remove<K: crate::apply::Owned>(
-        &self,
-        have: Option<&K>,
-    ) -> Result<Option<K>, crate::apply::Error> {
-        match have {
-            Some(have) => self.context.writer.remove(have).await.map(|()| None),
-            None => Ok(None),
-        }
-    }
-
-    fn wrote<K: ResourceExt>(
-        &self,
-        service: &Key,
-        written: Result<Option<K>, crate::apply::Error>,
-        take: impl FnOnce(&mut OnTheWay, Option<String>) -> write::Versions,
-        stage: Stage,
-    ) -> Standing {
         match written {
             Err(error) => Standing::Failing(crate::chain(&error)),
             Ok(object) => {
                 let version = object.and_then(|object| object.resource_version());
-                let mut followed = self.lock();
-                let of_service = followed.entry(service.clone()).or_default();
-                let versions = take(of_service, version);
-                of_service.written = Some((Instant::now(), versions));
+                let mut on_the_way = self.lock();
+                let of_service = on_the_way.entry(gathered.service.clone()).or_default();
+                *K::followed(of_service) = Some(followed);
+                of_service.written = Some((Instant::now(), K::written(version)));
                 Standing::Changing(stage, "written a moment ago".to_owned())
             }
         }
@@ -358,31 +278,36 @@ impl Hosts {
     /// What is stored and not followed yet, as after a start, or was changed by somebody. Where status says that all had arrived,
     /// it has.
     fn follow_stored(&self, gathered: &Gathered<'_>, change: &Change, world: &World) {
-        let rule = gathered.objects.rule.as_ref().map(|rule| &rule.spec);
-        let routes = gathered.objects.routes.as_ref().map(|routes| &routes.spec);
-        let (of_rule, of_routes) = (content(rule), content(routes));
-        let stale = |followed: Option<&Followed>, content: &str| {
-            followed.is_none_or(|followed| followed.content != content)
-        };
         let mut followed = self.lock();
         let of_service = followed.entry(gathered.service.clone()).or_default();
         let begins = of_service.rule.is_none() && of_service.routes.is_none();
         let trusted = begins && said::was_stable(gathered);
-        let start = |content: String, expectation: Expectation| {
-            if trusted {
-                Followed::arrived(content)
-            } else {
-                self.follow(content, expectation, change)
-            }
-        };
-        if stale(of_service.rule.as_ref(), &of_rule) {
-            let expected = expect::rule(gathered, None, rule, world);
-            of_service.rule = Some(start(of_rule, expected));
+        self.follow_if_new::<DestinationRule>(of_service, trusted, gathered, change, world);
+        self.follow_if_new::<VirtualService>(of_service, trusted, gathered, change, world);
+    }
+
+    fn follow_if_new<K: Made>(
+        &self,
+        of_service: &mut OnTheWay,
+        trusted: bool,
+        gathered: &Gathered<'_>,
+        change: &Change,
+        world: &World,
+    ) {
+        let spec = spec_of::<K>(gathered);
+        let content = content(spec);
+        let followed = K::followed(of_service);
+        if followed
+            .as_ref()
+            .is_some_and(|followed| followed.content == content)
+        {
+            return;
         }
-        if stale(of_service.routes.as_ref(), &of_routes) {
-            let expected = expect::routes(gathered, None, routes);
-            of_service.routes = Some(start(of_routes, expected));
-        }
+        *followed = Some(if trusted {
+            Followed::arrived(content)
+        } else {
+            self.follow(content, K::expected(gathered, None, spec, world), change)
+        });
     }
 
     fn arrived(&self, service: &Key, change: &Change) -> Arrived {
@@ -453,63 +378,13 @@ fn change(router: Option<&Router>) -> Change {
         .unwrap_or_default()
 }
 
+/// What is stored of a kind.
+fn spec_of<'a, K: Made>(gathered: &'a Gathered<'_>) -> Option<&'a K::Spec> {
+    K::of(&gathered.objects).map(K::spec)
+}
+
 /// What an object says, in short.
 fn content<T: serde::Serialize>(spec: Option<&T>) -> String {
     let value = serde_json::to_value(spec).unwrap_or(Value::Null);
     short_hash(&value.to_string())
-}
-
-/// How many pods behind the Service have these labels, and are ready.
-fn endpoints(world: &World, service: &Key, labels: &Labels) -> u32 {
-    let Some(facts) = world.services.get(service) else {
-        return 0;
-    };
-    let ready = pods_in(world, &service.namespace).filter(|pod| {
-        pod.ready
-            && pod.runs
-            && matches(&facts.selector, &pod.labels)
-            && matches(labels, &pod.labels)
-    });
-    u32::try_from(ready.count()).unwrap_or(u32::MAX)
-}
-
-/// Finds out all there is about a service.
-fn gather<'a>(service: &'a Key, world: &World) -> Gathered<'a> {
-    let age = |router: &Arc<Router>| {
-        let created = router.creation_timestamp().map(|time| time.0);
-        (created.unwrap_or(Timestamp::MAX), router.name_any())
-    };
-    let mut routers: Vec<Arc<Router>> = super::in_namespace(&world.routers, &service.namespace)
-        .filter(|router| {
-            router.spec.service == service.name && router.metadata.deletion_timestamp.is_none()
-        })
-        .cloned()
-        .collect();
-    routers.sort_by_key(age);
-    let mut routers = routers.into_iter();
-    let router = routers.next();
-    let patches = by_service(super::entries_in(
-        &world.traffic_patches,
-        &service.namespace,
-    ))
-    .remove(service)
-    .unwrap_or_default();
-    let fqdn = world.fqdn(service);
-    Gathered {
-        conflicts: said::conflicts(service, &fqdn, world),
-        service,
-        fqdn,
-        router,
-        juniors: routers.collect(),
-        patches: Patches::new(patches),
-        objects: Objects::stored(service, world),
-    }
-}
-
-/// How long until a branch's time is over.
-pub(super) fn left(since: Timestamp, ttl: Duration, now: Timestamp) -> SignedDuration {
-    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
-    since
-        .saturating_add(ttl)
-        .map_or(SignedDuration::MAX, |end| end.duration_since(now))
 }

@@ -4,6 +4,7 @@
 pub mod arrival;
 mod expect;
 mod follow;
+mod gather;
 mod host;
 pub mod istiod;
 pub mod order;
@@ -15,7 +16,7 @@ mod view;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -92,8 +93,6 @@ impl Due {
 
 /// Keeps services as their Routers and patches want them for as long as it is polled: the leader's work.
 pub async fn run(context: Arc<Context>) {
-    let due = Mutex::new(Due::default());
-    let lock = || due.lock().unwrap_or_else(PoisonError::into_inner);
     let (wake, woken) = mpsc::unbounded_channel();
     let hosts = Hosts::new(Arc::clone(&context), wake.clone());
     let changes = async {
@@ -116,29 +115,28 @@ pub async fn run(context: Arc<Context>) {
             tokio::time::sleep(COALESCE).await;
         }
     };
-    let work = work(&hosts, &due, woken);
+    let work = work(&hosts, woken);
     let view = view::run(&context);
     tokio::select! {
         () = changes => {}
         () = work => {}
         () = view => {}
     }
-    lock().at.clear();
 }
 
-async fn work(hosts: &Hosts, due: &Mutex<Due>, mut woken: mpsc::UnboundedReceiver<Key>) {
-    let lock = || due.lock().unwrap_or_else(PoisonError::into_inner);
+async fn work(hosts: &Hosts, mut woken: mpsc::UnboundedReceiver<Key>) {
+    let mut due = Due::default();
     let mut working = futures::stream::FuturesUnordered::new();
     loop {
         while working.len() < CONCURRENCY
-            && let Some(service) = { lock().take(Instant::now()) }
+            && let Some(service) = due.take(Instant::now())
         {
             working.push(async move {
                 let next = hosts.reconcile(&service).await;
                 (service, next)
             });
         }
-        let next = { lock().next() };
+        let next = due.next();
         let timer = async {
             match next {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -147,7 +145,7 @@ async fn work(hosts: &Hosts, due: &Mutex<Due>, mut woken: mpsc::UnboundedReceive
         };
         tokio::select! {
             service = woken.recv() => match service {
-                Some(service) => lock().put(service, Instant::now()),
+                Some(service) => due.put(service, Instant::now()),
                 None => return,
             },
             Some((service, next)) = working.next(), if !working.is_empty() => {
@@ -155,7 +153,7 @@ async fn work(hosts: &Hosts, due: &Mutex<Due>, mut woken: mpsc::UnboundedReceive
                     Next::Gone => None,
                     Next::In(time) => Some(Instant::now() + time),
                 };
-                lock().done(&service, at);
+                due.done(&service, at);
             }
             () = timer, if working.len() < CONCURRENCY => {}
         }
@@ -187,6 +185,10 @@ fn all(world: &World) -> BTreeSet<Key> {
 
 /// The services that a change may concern: those of every namespace in which anything changed that the plan looks at.
 fn concerned(then: &World, now: &World) -> BTreeSet<Key> {
+    let all = all(now);
+    if all.is_empty() {
+        return all;
+    }
     let mut namespaces = BTreeSet::new();
     changed(&then.routers, &now.routers, &mut namespaces);
     changed(&then.traffic_patches, &now.traffic_patches, &mut namespaces);
@@ -197,29 +199,12 @@ fn concerned(then: &World, now: &World) -> BTreeSet<Key> {
     let elsewhere = !then.virtual_services.ptr_eq(&now.virtual_services)
         || !then.rules.ptr_eq(&now.rules)
         || !then.namespaces.ptr_eq(&now.namespaces);
-    let all = all(now);
     if elsewhere {
         return all;
     }
     all.into_iter()
         .filter(|service| namespaces.contains(&service.namespace))
         .collect()
-}
-
-/// The objects of a namespace.
-fn entries_in<'a, V>(
-    all: &'a OrdMap<Key, Arc<V>>,
-    namespace: &'a str,
-) -> impl Iterator<Item = (&'a Key, &'a Arc<V>)> {
-    all.range(Key::new(namespace, "")..)
-        .take_while(move |(key, _)| key.namespace == namespace)
-}
-
-fn in_namespace<'a, V>(
-    all: &'a OrdMap<Key, Arc<V>>,
-    namespace: &'a str,
-) -> impl Iterator<Item = &'a Arc<V>> {
-    entries_in(all, namespace).map(|(_, object)| object)
 }
 
 fn changed<V: Clone>(

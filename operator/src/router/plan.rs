@@ -9,7 +9,7 @@ use fenceline_crds::{Branch, BranchMatch, RouteProtocol, Router, VersionLabels};
 use serde_json::{Map, Value, json};
 
 use crate::fence::select::Labels;
-use crate::patch::{Outcome, Part, Patches, header_match};
+use crate::patch::{Outcome, Part, Patches, Requests, header_match};
 
 /// What is known of a service.
 pub struct Inputs<'a> {
@@ -42,8 +42,6 @@ pub struct BranchPlan {
     pub endpoints: BTreeMap<String, u32>,
     /// Why no requests go there.
     pub shut: Option<String>,
-    /// Why some versions get none.
-    pub idle: Vec<String>,
 }
 
 /// Why a Router means nothing.
@@ -125,7 +123,7 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
     check(router, &labels)?;
     let mut subsets = Vec::new();
     let host_policy = inputs.patches.policy(Part::default(), &mut target.patches);
-    let mut routes = Vec::new();
+    let (mut routes, mut base_routes) = (Vec::new(), Vec::new());
     for (index, branch) in router.spec.branches.iter().enumerate() {
         let mut planned = look(branch, &labels, inputs);
         subsets.extend(subsets_of(
@@ -142,16 +140,12 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
         }
         if planned.shut.is_none() {
             let of_branch = branch_routes(branch, &planned, &labels, inputs, &mut target.patches);
-            // The base comes last.
-            if base {
-                routes.extend(of_branch);
-            } else {
-                let before = routes.len().saturating_sub(base_count(&routes));
-                routes.splice(before..before, of_branch);
-            }
+            let place = if base { &mut base_routes } else { &mut routes };
+            place.extend(of_branch);
         }
         target.branches.push(planned);
     }
+    routes.extend(base_routes);
     let versions: BTreeMap<&str, BTreeSet<&str>> = router
         .spec
         .branches
@@ -170,7 +164,6 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
     target.rule = Some(rule(inputs.host, subsets, host_policy));
     target.routes = Some(match router.spec.protocol {
         RouteProtocol::Http | RouteProtocol::Grpc => {
-            let mut routes: Vec<Value> = routes.into_iter().map(|(_, route)| route).collect();
             if router.spec.port.is_some() {
                 // The other ports: a VirtualService takes all of them, and 404 is the answer where none of its routes fits.
                 routes.push(json!({"name": "other-ports", "route": [{"destination": {"host": inputs.host}}]}));
@@ -179,20 +172,11 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
         }
         RouteProtocol::Tcp => VirtualServiceSpec {
             hosts: vec![inputs.host.to_owned()],
-            other: [(
-                "tcp".to_owned(),
-                routes.into_iter().map(|(_, route)| route).collect(),
-            )]
-            .into(),
+            other: [("tcp".to_owned(), routes.into())].into(),
             ..VirtualServiceSpec::default()
         },
     });
     Ok(target)
-}
-
-/// How many routes of the base there are, at the end.
-fn base_count(routes: &[(bool, Value)]) -> usize {
-    routes.iter().filter(|(base, _)| *base).count()
 }
 
 fn check(router: &Router, labels: &VersionLabels) -> Result<(), Invalid> {
@@ -226,7 +210,6 @@ fn look(branch: &Branch, labels: &VersionLabels, inputs: &Inputs<'_>) -> BranchP
         name: branch.name.clone(),
         endpoints: endpoints.collect(),
         shut: inputs.shut.get(&branch.name).cloned(),
-        idle: Vec::new(),
     }
 }
 
@@ -248,8 +231,7 @@ fn subsets_of(
         let policy = inputs.patches.policy(part, &mut noted);
         let differs = policy != *host_policy;
         if differs {
-            outcome.won.extend_all(noted.won);
-            outcome.lost.extend_all(noted.lost);
+            outcome.extend(noted);
         }
         subsets.push(Subset {
             name: subset_name(&branch.name, version),
@@ -261,26 +243,14 @@ fn subsets_of(
     subsets
 }
 
-trait ExtendAll<T> {
-    fn extend_all(&mut self, more: BTreeMap<String, BTreeSet<T>>);
-}
-
-impl<T: Ord> ExtendAll<T> for BTreeMap<String, BTreeSet<T>> {
-    fn extend_all(&mut self, more: Self) {
-        for (key, values) in more {
-            self.entry(key).or_default().extend(values);
-        }
-    }
-}
-
-/// The routes of a branch, each with whether it is the base's.
+/// The routes of a branch.
 fn branch_routes(
     branch: &Branch,
     planned: &BranchPlan,
     labels: &VersionLabels,
     inputs: &Inputs<'_>,
     outcome: &mut Outcome,
-) -> Vec<(bool, Value)> {
+) -> Vec<Value> {
     let Some(router) = inputs.router else {
         return Vec::new();
     };
@@ -307,23 +277,28 @@ fn branch_routes(
         if !own.is_empty() {
             route["match"] = json!(own);
         }
-        return vec![(base, route)];
+        return vec![route];
     }
     let requests = inputs.patches.routes(Some(&branch.name), &own, outcome);
+    named_routes(&branch.name, requests, &json!(destinations))
+}
+
+/// Routes that lead to the same place; the last, which takes what fits no other, has the plain name.
+fn named_routes(name: &str, requests: Vec<Requests>, to: &Value) -> Vec<Value> {
     let last = requests.len().saturating_sub(1);
     let routes = requests.into_iter().enumerate().map(|(index, requests)| {
         let mut route = requests.fields;
         let name = if index == last {
-            branch.name.clone()
+            name.to_owned()
         } else {
-            format!("{}-{index}", branch.name)
+            format!("{name}-{index}")
         };
         route.insert("name".into(), name.into());
         if !requests.matches.is_empty() {
             route.insert("match".into(), json!(requests.matches));
         }
-        route.insert("route".into(), json!(destinations));
-        (base, Value::from(route))
+        route.insert("route".into(), to.clone());
+        Value::from(route)
     });
     routes.collect()
 }
@@ -406,25 +381,8 @@ fn base_routes(inputs: &Inputs<'_>, outcome: &mut Outcome) -> Vec<Value> {
         return Vec::new();
     }
     let requests = inputs.patches.routes(None, &[], outcome);
-    let last = requests.len().saturating_sub(1);
-    let routes = requests.into_iter().enumerate().map(|(index, requests)| {
-        let mut route = requests.fields;
-        let name = if index == last {
-            "base".to_owned()
-        } else {
-            format!("base-{index}")
-        };
-        route.insert("name".into(), name.into());
-        if !requests.matches.is_empty() {
-            route.insert("match".into(), json!(requests.matches));
-        }
-        route.insert(
-            "route".into(),
-            json!([{"destination": {"host": inputs.host}}]),
-        );
-        Value::from(route)
-    });
-    routes.collect()
+    let to = json!([{"destination": {"host": inputs.host}}]);
+    named_routes("base", requests, &to)
 }
 
 fn rule(host: &str, subsets: Vec<Subset>, policy: Map<String, Value>) -> DestinationRuleSpec {

@@ -1,20 +1,26 @@
 //! What Routers and patches say of themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::time::Duration;
 
 use fenceline_crds::{
     Branch, BranchStatus, Router, RouterStatus, TrafficPatch, TrafficPatchStatus,
 };
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::ResourceExt;
+use kube::{Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::Context;
-use super::host::{Gathered, Standing, left};
+use super::gather::Gathered;
+use super::host::Standing;
 use super::order;
 use super::plan::{BranchPlan, Target, subset_name};
 use crate::status::{Said, set_conditions};
-use crate::world::{Key, World};
+use crate::world::{Key, World, in_namespace};
 
 /// Whether status says that everything had arrived.
 pub(super) fn was_stable(gathered: &Gathered<'_>) -> bool {
@@ -42,6 +48,14 @@ fn since(router: &Router, branch: &str, now: Timestamp) -> Timestamp {
     known
         .find_map(|known| known.since.clone())
         .map_or(now, |time| time.0)
+}
+
+/// How long until a branch's time is over.
+fn left(since: Timestamp, ttl: Duration, now: Timestamp) -> SignedDuration {
+    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
+    since
+        .saturating_add(ttl)
+        .map_or(SignedDuration::MAX, |end| end.duration_since(now))
 }
 
 /// When the next branch's time is over.
@@ -86,7 +100,8 @@ pub(super) fn shut(
         if versions.any(|version| routed.contains(&subset_name(&branch.name, version))) {
             continue;
         }
-        let others = super::in_namespace(&world.routers, &gathered.service.namespace);
+        let others =
+            in_namespace(&world.routers, &gathered.service.namespace).map(|(_, other)| other);
         let missing: BTreeSet<String> = others
             .filter(|other| {
                 other.spec.service != router.spec.service
@@ -155,7 +170,7 @@ pub(super) async fn report(
     let mut well = true;
     if let Some(router) = &gathered.router {
         let status = router_status(router, target, standing, prepared, now);
-        well &= write_router(router, status, context).await;
+        well &= write(router.as_ref(), router.status.as_ref(), &status, context).await;
     }
     for junior in &gathered.juniors {
         let senior = gathered
@@ -165,10 +180,11 @@ pub(super) async fn report(
             .unwrap_or_default();
         let why =
             format!("Router {senior} is for the same Service and is older; delete one of them");
+        let old = junior.status.clone().unwrap_or_default();
         let status = RouterStatus {
             observed_generation: junior.metadata.generation,
-            conditions: conditions(
-                junior.status.as_ref().map(|status| &*status.conditions),
+            conditions: set_conditions(
+                &old.conditions,
                 &[
                     said("Ready", false, "Conflicted", why.clone()),
                     said("Conflicted", true, "Conflicted", why),
@@ -178,31 +194,31 @@ pub(super) async fn report(
             ),
             ..RouterStatus::default()
         };
-        well &= write_router(junior, status, context).await;
+        well &= write(junior.as_ref(), junior.status.as_ref(), &status, context).await;
     }
     for patch in gathered.patches.iter() {
         let status = patch_status(patch, target, standing, now);
-        if patch.status.as_ref() != Some(&status) {
-            let written = context.status.of(patch, &status).await;
-            well &= written
-                .inspect_err(
-                    |error| tracing::warn!(patch = patch.name_any(), %error, "a patch's status"),
-                )
-                .is_ok();
-        }
+        well &= write(patch, patch.status.as_ref(), &status, context).await;
     }
     well
 }
 
-async fn write_router(router: &Router, status: RouterStatus, context: &Context) -> bool {
-    if router.status.as_ref() == Some(&status) {
+/// Writes a status that differs from the one that is there; says whether it went well.
+async fn write<K, S>(object: &K, old: Option<&S>, status: &S, context: &Context) -> bool
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + Debug
+        + DeserializeOwned,
+    S: PartialEq + Serialize,
+{
+    if old == Some(status) {
         return true;
     }
-    let written = context.status.of(router, &status).await;
+    let written = context.status.of(object, status).await;
+    let (kind, name) = (K::kind(&()), object.name_any());
     written
-        .inspect_err(
-            |error| tracing::warn!(router = router.name_any(), %error, "a Router's status"),
-        )
+        .inspect_err(|error| tracing::warn!(%kind, name, %error, "a status"))
         .is_ok()
 }
 
@@ -213,15 +229,6 @@ fn said(type_: &'static str, status: bool, reason: &'static str, message: String
         reason,
         message,
     }
-}
-
-fn conditions(
-    old: Option<&[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition]>,
-    said: &[Said],
-    generation: Option<i64>,
-    now: Timestamp,
-) -> Vec<k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition> {
-    set_conditions(old.unwrap_or_default(), said, generation, now)
 }
 
 /// The `Ready` condition.
@@ -280,8 +287,8 @@ fn router_status(
     let branches = branches.map(|branch| branch_status(router, branch, prepared, now));
     RouterStatus {
         observed_generation: generation,
-        conditions: conditions(
-            Some(&old.conditions),
+        conditions: set_conditions(
+            &old.conditions,
             &[ready(standing), conflicted(standing)],
             generation,
             now,
@@ -338,8 +345,8 @@ fn patch_status(
     };
     TrafficPatchStatus {
         observed_generation: generation,
-        conditions: conditions(
-            Some(&old.conditions),
+        conditions: set_conditions(
+            &old.conditions,
             &[ready, conflicted(standing)],
             generation,
             now,

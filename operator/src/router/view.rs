@@ -13,7 +13,7 @@ use crate::apply::{MANAGED_BY, MANAGER};
 use crate::world::{Key, World};
 
 /// The Sidecar's name.
-pub(super) const NAME: &str = "fenceline-view";
+const NAME: &str = "fenceline-view";
 const RETRY: Duration = Duration::from_secs(2);
 
 /// The Sidecar for the view of these services; nothing where there are none.
@@ -84,7 +84,10 @@ pub(super) async fn run(context: &Context) {
         let same = |then: &World, now: &World| {
             then.services.ptr_eq(&now.services)
                 && then.sidecars.ptr_eq(&now.sidecars)
-                && all(now) == all(then)
+                && then.routers.ptr_eq(&now.routers)
+                && then.traffic_patches.ptr_eq(&now.traffic_patches)
+                && then.own_rules.ptr_eq(&now.own_rules)
+                && then.own_routes.ptr_eq(&now.own_routes)
         };
         if world.wait_for(|then| !same(then, &now)).await.is_err() {
             return;

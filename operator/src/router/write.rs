@@ -1,6 +1,7 @@
 //! The objects of a service: what is stored, and what is written with it for whoever leads next.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use fenceline_crds::istio::{
     DestinationRule, DestinationRuleSpec, VirtualService, VirtualServiceSpec,
@@ -12,9 +13,12 @@ use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use super::Context;
-use super::host::Gathered;
+use super::arrival::Expectation;
+use super::follow::Followed;
+use super::gather::Gathered;
+use super::host::OnTheWay;
 use super::plan::{Target, short_hash};
+use super::{Context, expect};
 use crate::apply::{self, MANAGED_BY, MANAGER, Owned, SERVICE_LABEL};
 use crate::world::{Key, World};
 
@@ -29,19 +33,16 @@ const LONGEST_WHY: usize = 1000;
 /// What is stored of ours.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Objects {
-    pub(super) rule: Option<DestinationRule>,
-    pub(super) routes: Option<VirtualService>,
+    pub(super) rule: Option<Arc<DestinationRule>>,
+    pub(super) routes: Option<Arc<VirtualService>>,
 }
 
 impl Objects {
     pub(super) fn stored(service: &Key, world: &World) -> Self {
         let key = Key::new(&*service.namespace, name(service));
         Self {
-            rule: world.own_rules.get(&key).map(|rule| rule.as_ref().clone()),
-            routes: world
-                .own_routes
-                .get(&key)
-                .map(|routes| routes.as_ref().clone()),
+            rule: world.own_rules.get(&key).cloned(),
+            routes: world.own_routes.get(&key).cloned(),
         }
     }
 
@@ -51,8 +52,8 @@ impl Objects {
 
     /// Why this target was taken back, if it was.
     pub(super) fn refused(&self, wanted: &str) -> Option<String> {
-        let rule = self.rule.iter().map(ResourceExt::annotations);
-        let mut all = rule.chain(self.routes.iter().map(ResourceExt::annotations));
+        let rule = self.rule.iter().map(|rule| rule.annotations());
+        let mut all = rule.chain(self.routes.iter().map(|routes| routes.annotations()));
         let refused = all.find(|notes| notes.get(REFUSED).is_some_and(|mark| mark == wanted))?;
         Some(refused.get(REFUSED_WHY).cloned().unwrap_or_default())
     }
@@ -71,25 +72,11 @@ pub(super) fn mark(target: &Target) -> String {
 /// The versions of what was written.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Versions {
-    rule: Option<Option<String>>,
-    routes: Option<Option<String>>,
+    pub(super) rule: Option<Option<String>>,
+    pub(super) routes: Option<Option<String>>,
 }
 
 impl Versions {
-    pub(super) fn of_rule(version: Option<String>) -> Self {
-        Self {
-            rule: Some(version),
-            ..Self::default()
-        }
-    }
-
-    pub(super) fn of_routes(version: Option<String>) -> Self {
-        Self {
-            routes: Some(version),
-            ..Self::default()
-        }
-    }
-
     /// Whether these objects are as new. What was removed is gone, what was written is there, or something newer.
     pub(super) fn are_shown_by(&self, objects: &Objects) -> bool {
         let number =
@@ -102,10 +89,13 @@ impl Versions {
         };
         shown(
             &self.rule,
-            objects.rule.as_ref().map(ResourceExt::resource_version),
+            objects.rule.as_ref().map(|rule| rule.resource_version()),
         ) && shown(
             &self.routes,
-            objects.routes.as_ref().map(ResourceExt::resource_version),
+            objects
+                .routes
+                .as_ref()
+                .map(|routes| routes.resource_version()),
         )
     }
 }
@@ -130,12 +120,8 @@ impl Note {
         )
     }
 
-    pub(super) fn refused(
-        stored: Option<&BTreeMap<String, String>>,
-        wanted: &str,
-        why: &str,
-    ) -> Self {
-        let good = stored.and_then(|notes| notes.get_key_value(LAST_GOOD));
+    pub(super) fn refused<K: ResourceExt>(stored: Option<&K>, wanted: &str, why: &str) -> Self {
+        let good = stored.and_then(|stored| stored.annotations().get_key_value(LAST_GOOD));
         let mut notes: BTreeMap<String, String> = good
             .map(|(name, good)| (name.clone(), good.clone()))
             .into_iter()
@@ -150,22 +136,22 @@ impl Note {
 }
 
 /// What was in force before this object was written.
-pub(super) fn last_good<S: DeserializeOwned>(stored: &impl ResourceExt) -> Option<S> {
+fn last_good<S: DeserializeOwned>(stored: &impl ResourceExt) -> Option<S> {
     serde_json::from_str(stored.annotations().get(LAST_GOOD)?).ok()
 }
 
 /// Routes as there are none.
-pub(super) fn plain_routes(fqdn: &str) -> Option<VirtualServiceSpec> {
+fn plain_routes(fqdn: &str) -> VirtualServiceSpec {
     let route = json!([{"name": "plain", "route": [{"destination": {"host": fqdn}}]}]);
-    Some(VirtualServiceSpec {
+    VirtualServiceSpec {
         hosts: vec![fqdn.to_owned()],
         other: [("http".to_owned(), route)].into(),
         ..VirtualServiceSpec::default()
-    })
+    }
 }
 
 /// The subsets alone.
-pub(super) fn without_policies(rule: &DestinationRuleSpec) -> DestinationRuleSpec {
+fn without_policies(rule: &DestinationRuleSpec) -> DestinationRuleSpec {
     let mut rule = rule.clone();
     rule.traffic_policy = None;
     for subset in &mut rule.subsets {
@@ -174,20 +160,103 @@ pub(super) fn without_policies(rule: &DestinationRuleSpec) -> DestinationRuleSpe
     rule
 }
 
-/// What has a spec and metadata.
-pub(super) trait Made: Owned {
-    fn made(name: &str, spec: <Self as Owned>::Spec) -> Self;
+/// One of the two kinds that are written for a service, in steps.
+pub(super) trait Made: Owned<Spec: Clone + DeserializeOwned + Send> {
+    fn made(name: &str, spec: Self::Spec) -> Self;
+
+    /// What is stored of this kind.
+    fn of(objects: &Objects) -> Option<&Self>;
+
+    /// Where what is on its way of this kind is followed.
+    fn followed(on_the_way: &mut OnTheWay) -> &mut Option<Followed>;
+
+    /// That this version was written, or with none that it was taken away.
+    fn written(version: Option<String>) -> Versions;
+
+    /// What istiod sends once this is there, where `before` was.
+    fn expected(
+        gathered: &Gathered<'_>,
+        before: Option<&Self::Spec>,
+        spec: Option<&Self::Spec>,
+        world: &World,
+    ) -> Expectation;
+
+    /// What harms nobody, where nothing was in force before.
+    fn harmless(gathered: &Gathered<'_>) -> Option<Self::Spec>;
+
+    /// What to put back: what was in force before.
+    fn last_good(gathered: &Gathered<'_>) -> Option<Self::Spec> {
+        let last = Self::of(&gathered.objects).and_then(last_good);
+        last.or_else(|| Self::harmless(gathered))
+    }
 }
 
 impl Made for DestinationRule {
     fn made(name: &str, spec: DestinationRuleSpec) -> Self {
         Self::new(name, spec)
     }
+
+    fn of(objects: &Objects) -> Option<&Self> {
+        objects.rule.as_deref()
+    }
+
+    fn followed(on_the_way: &mut OnTheWay) -> &mut Option<Followed> {
+        &mut on_the_way.rule
+    }
+
+    fn written(version: Option<String>) -> Versions {
+        Versions {
+            rule: Some(version),
+            ..Versions::default()
+        }
+    }
+
+    fn expected(
+        gathered: &Gathered<'_>,
+        before: Option<&DestinationRuleSpec>,
+        spec: Option<&DestinationRuleSpec>,
+        world: &World,
+    ) -> Expectation {
+        expect::rule(gathered, before, spec, world)
+    }
+
+    fn harmless(gathered: &Gathered<'_>) -> Option<DestinationRuleSpec> {
+        Self::of(&gathered.objects).map(|stored| without_policies(&stored.spec))
+    }
 }
 
 impl Made for VirtualService {
     fn made(name: &str, spec: VirtualServiceSpec) -> Self {
         Self::new(name, spec)
+    }
+
+    fn of(objects: &Objects) -> Option<&Self> {
+        objects.routes.as_deref()
+    }
+
+    fn followed(on_the_way: &mut OnTheWay) -> &mut Option<Followed> {
+        &mut on_the_way.routes
+    }
+
+    fn written(version: Option<String>) -> Versions {
+        Versions {
+            routes: Some(version),
+            ..Versions::default()
+        }
+    }
+
+    fn expected(
+        gathered: &Gathered<'_>,
+        before: Option<&VirtualServiceSpec>,
+        spec: Option<&VirtualServiceSpec>,
+        _: &World,
+    ) -> Expectation {
+        expect::routes(gathered, before, spec)
+    }
+
+    /// The service's own endpoints.
+    fn harmless(gathered: &Gathered<'_>) -> Option<VirtualServiceSpec> {
+        Some(plain_routes(&gathered.fqdn))
     }
 }
 

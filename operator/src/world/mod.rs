@@ -418,6 +418,16 @@ impl World {
     }
 }
 
+/// The objects of a namespace.
+pub fn in_namespace<'a, V>(
+    all: &'a OrdMap<Key, Arc<V>>,
+    namespace: &str,
+) -> impl Iterator<Item = (&'a Key, &'a Arc<V>)> + use<'a, V> {
+    let namespace = namespace.to_owned();
+    all.range(Key::new(&*namespace, "")..)
+        .take_while(move |(key, _)| key.namespace == namespace)
+}
+
 /// Moves an object in an index by host; no host is kept without an object.
 fn index_hosts(
     index: &mut OrdMap<String, BTreeSet<Key>>,

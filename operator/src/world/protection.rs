@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::policies::{Caller, PolicyFacts};
-use super::{Key, ServiceFacts, World};
+use super::{Key, ServiceFacts, World, in_namespace};
 
 /// Istio's matching of strings: exact, or with `*` at one end.
 fn fits(pattern: &str, text: &str) -> bool {
@@ -25,11 +25,7 @@ impl World {
         let own = (key.namespace != root).then_some(key.namespace.as_str());
         own.into_iter()
             .chain([root])
-            .flat_map(|namespace| {
-                self.policies
-                    .range(Key::new(namespace, "")..)
-                    .take_while(move |(policy, _)| policy.namespace == namespace)
-            })
+            .flat_map(|namespace| in_namespace(&self.policies, namespace))
             .map(|(policy, facts)| (policy, facts.as_ref()))
             .filter(|(_, facts)| facts.may_protect(&key.name, service))
     }

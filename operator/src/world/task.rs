@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use super::change::{Change, Concerned};
 use super::dependents::Dependents;
 use super::feed::{BACKLOG, fence_of};
-use super::{Key, PodFacts, PolicyFacts, ServiceFacts, World};
+use super::{Key, PodFacts, PolicyFacts, ServiceFacts, World, in_namespace};
 use crate::fence::select::{fences_of_pod, is_of_namespace};
 use crate::metrics::Metrics;
 
@@ -285,8 +285,7 @@ impl WorldTask {
     /// Whether a policy names callers of Services in a namespace: their fences go by its labels.
     fn is_under_a_policy(&self, namespace: &str) -> bool {
         [namespace, &self.root_namespace].into_iter().any(|of| {
-            let policies = self.world.policies.range(Key::new(of, "")..);
-            let mut policies = policies.take_while(|(key, _)| key.namespace == of);
+            let mut policies = in_namespace(&self.world.policies, of);
             policies.any(|(_, policy)| !policy.callers.is_empty())
         })
     }
