@@ -1,15 +1,126 @@
-//! What tests ask about Routers and patches.
+//! A routed service under load, and what tests ask about Routers and patches.
+
+use std::time::Duration;
 
 use anyhow::Context;
 use fenceline_crds::{Router, TrafficPatch};
 use kube::Api;
 
+use crate::app::Protocol;
 use crate::fences::Name;
 use crate::lab::{Lab, PATIENCE};
 use crate::pod::PodSpec;
+use crate::traffic::{Tally, Target, Traffic};
 use crate::wait::eventually;
 
+/// The service that tests route.
+pub const REVIEWS: Name<'static> = ("shop", "reviews");
+/// Its callers in [`Lab::routed_mesh`], each of an istiod of its own.
+pub const CLIENTS: [Name<'static>; 2] = [("shop", "client-a"), ("shop", "client-b")];
+
+/// So many callers at the same time, each of which calls one target after the other, with `pause` between.
+///
+/// # Errors
+/// Fails when a client does not run.
+pub fn load(
+    lab: &Lab,
+    targets: Vec<Target>,
+    callers: usize,
+    pause: Duration,
+) -> anyhow::Result<Traffic> {
+    let pods: Vec<Name<'_>> = CLIENTS.into_iter().cycle().take(callers).collect();
+    let choice = |pod: usize, round: u64, targets: usize| {
+        (pod + usize::try_from(round).unwrap_or_default()) % targets
+    };
+    Traffic::start(lab, &pods, targets, pause, choice)
+}
+
+/// Prints what became of all calls.
+///
+/// # Errors
+/// Fails when one of them did, or there were hardly any.
+pub fn none_failed(tally: &Tally) -> anyhow::Result<()> {
+    println!(
+        "{} calls, answered by {:?}, {} failed",
+        tally.calls(),
+        tally.answered,
+        tally.failed.len()
+    );
+    for failure in tally.failed.iter().take(10) {
+        println!("{failure:?}");
+    }
+    anyhow::ensure!(
+        tally.failed.is_empty(),
+        "{} calls failed",
+        tally.failed.len()
+    );
+    anyhow::ensure!(tally.calls() > 100, "too few calls");
+    Ok(())
+}
+
 impl Lab {
+    /// Two istiods, Fenceline, versions of [`REVIEWS`], and [`CLIENTS`].
+    ///
+    /// # Errors
+    /// Fails when a part does not start.
+    pub async fn routed_mesh(&mut self, versions: &[&str]) -> anyhow::Result<()> {
+        self.start_second_istiod().await?;
+        self.install().await?;
+        self.routed_service(versions).await
+    }
+
+    /// As [`Lab::routed_mesh`], where istiods and Fenceline run.
+    ///
+    /// # Errors
+    /// Fails when a part does not start.
+    pub async fn routed_service(&mut self, versions: &[&str]) -> anyhow::Result<()> {
+        self.namespace("shop").await?;
+        self.service("shop", "reviews", &["http:80", "grpc:90"])
+            .await?;
+        for version in versions {
+            self.version(REVIEWS, version, &[]).await?;
+        }
+        for ((namespace, name), second) in CLIENTS.into_iter().zip([false, true]) {
+            let mut spec = PodSpec::new(namespace, name);
+            spec.second_istiod = second;
+            self.pod(spec).await?;
+        }
+        Ok(())
+    }
+
+    /// Calls of [`REVIEWS`] in every protocol; any version may answer.
+    ///
+    /// # Errors
+    /// Fails when there is no such Service.
+    pub async fn reviews(&self) -> anyhow::Result<Vec<Target>> {
+        let mut targets = Vec::new();
+        for (protocol, port) in [
+            (Protocol::Http1, 80),
+            (Protocol::Http2, 80),
+            (Protocol::Grpc, 90),
+        ] {
+            let mut target = Target::of(self, REVIEWS, "", protocol, port).await?;
+            target.answered_by = None;
+            targets.push(target);
+        }
+        Ok(targets)
+    }
+
+    /// Waits until a namespace has no VirtualService and no DestinationRule.
+    ///
+    /// # Errors
+    /// Fails when some stay.
+    pub async fn until_unrouted(&self, namespace: &str) -> anyhow::Result<()> {
+        let kinds = "virtualservices,destinationrules";
+        eventually(PATIENCE * 2, "nothing is left", async || {
+            let left = ["-n", namespace, "get", kinds, "-o", "name"];
+            let left = self.kubectl(&left).await?;
+            anyhow::ensure!(left.trim().is_empty(), "{left}");
+            Ok(())
+        })
+        .await
+    }
+
     /// Applies a Router; `spec` is YAML in flow style.
     ///
     /// # Errors

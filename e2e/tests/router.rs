@@ -8,70 +8,14 @@ use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::Name;
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
 use fenceline_e2e::lab::request;
-use fenceline_e2e::traffic::{Tally, Target, Traffic};
+use fenceline_e2e::routers::{REVIEWS, load, none_failed};
+use fenceline_e2e::traffic::{Tally, Traffic};
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 
-const REVIEWS: Name<'_> = ("shop", "reviews");
-const CLIENTS: [&str; 2] = ["client-a", "client-b"];
-
-/// A service with a version, called from proxies of both istiods.
-async fn mesh(lab: &mut Lab) -> anyhow::Result<Vec<Target>> {
-    lab.start_second_istiod().await?;
-    lab.install().await?;
-    lab.namespace("shop").await?;
-    lab.service("shop", "reviews", &["http:80", "grpc:90"])
-        .await?;
-    lab.version(REVIEWS, "v1", &[]).await?;
-    for (client, second) in CLIENTS.into_iter().zip([false, true]) {
-        let mut spec = PodSpec::new("shop", client);
-        spec.second_istiod = second;
-        lab.pod(spec).await?;
-    }
-    let mut targets = Vec::new();
-    for (protocol, port) in [
-        (Protocol::Http1, 80),
-        (Protocol::Http2, 80),
-        (Protocol::Grpc, 90),
-    ] {
-        let mut target = Target::of(lab, REVIEWS, "", protocol, port).await?;
-        target.answered_by = None;
-        targets.push(target);
-    }
-    Ok(targets)
-}
-
-/// Eight callers, each of which calls one way after the other.
-fn load(lab: &Lab, targets: Vec<Target>) -> anyhow::Result<Traffic> {
-    let pods: Vec<Name<'_>> = CLIENTS
-        .into_iter()
-        .cycle()
-        .take(8)
-        .map(|name| ("shop", name))
-        .collect();
-    let choice = |pod: usize, round: u64, targets: usize| {
-        (pod + usize::try_from(round).unwrap_or_default()) % targets
-    };
-    Traffic::start(lab, &pods, targets, Duration::from_millis(10), choice)
-}
-
-fn assert_none_failed(tally: &Tally) -> anyhow::Result<()> {
-    println!(
-        "{} calls, answered by {:?}, {} failed",
-        tally.calls(),
-        tally.answered,
-        tally.failed.len()
-    );
-    for failure in tally.failed.iter().take(10) {
-        println!("{failure:?}");
-    }
-    anyhow::ensure!(
-        tally.failed.is_empty(),
-        "{} calls failed",
-        tally.failed.len()
-    );
-    anyhow::ensure!(tally.calls() > 100, "too few calls");
-    Ok(())
+/// Eight callers of the service.
+async fn callers(lab: &Lab) -> anyhow::Result<Traffic> {
+    load(lab, lab.reviews().await?, 8, Duration::from_millis(10))
 }
 
 fn versions(versions: &str) -> String {
@@ -83,8 +27,8 @@ fn versions(versions: &str) -> String {
 #[test]
 fn a_version_comes_and_another_goes_without_a_failed_request() {
     fenceline_e2e::test(async |lab| {
-        let targets = mesh(lab).await?;
-        let traffic = load(lab, targets)?;
+        lab.routed_mesh(&["v1"]).await?;
+        let traffic = callers(lab).await?;
         lab.router(REVIEWS, &versions("{v1: 1}")).await?;
         lab.until_router(REVIEWS, "Stable").await?;
         lab.version(REVIEWS, "v2", &[]).await?;
@@ -104,22 +48,46 @@ fn a_version_comes_and_another_goes_without_a_failed_request() {
         anyhow::ensure!(of(&after, "reviews-v2") > of(&before, "reviews-v2"));
         lab.kubectl(&["-n", "shop", "delete", "router", "reviews"])
             .await?;
-        eventually(PATIENCE * 2, "nothing is left", async || {
-            let left = lab
-                .kubectl(&[
-                    "-n",
-                    "shop",
-                    "get",
-                    "virtualservices,destinationrules",
-                    "-o",
-                    "name",
-                ])
-                .await?;
-            anyhow::ensure!(left.trim().is_empty(), "{left}");
-            Ok(())
-        })
-        .await?;
-        assert_none_failed(&traffic.stop().await?)
+        lab.until_unrouted("shop").await?;
+        none_failed(&traffic.stop().await?)
+    });
+}
+
+#[test]
+fn each_version_gets_its_share() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1", "v2", "v3"]).await?;
+        let mixes = [
+            [("v1", 70), ("v2", 20), ("v3", 10)],
+            [("v1", 1), ("v2", 2), ("v3", 0)],
+            [("v1", 7), ("v2", 11), ("v3", 13)],
+        ];
+        for mix in mixes {
+            let weights = mix.map(|(version, weight)| format!("{version}: {weight}"));
+            let weights = format!("{{{}}}", weights.join(", "));
+            lab.router(REVIEWS, &versions(&weights)).await?;
+            lab.until_router(REVIEWS, "Stable").await?;
+            let traffic = load(lab, lab.reviews().await?, 24, Duration::ZERO)?;
+            eventually(PATIENCE * 6, "enough calls", async || {
+                anyhow::ensure!(traffic.tally().calls() >= 10_000);
+                Ok(())
+            })
+            .await?;
+            println!("{:.1?}: {weights}", traffic.elapsed());
+            let tally = traffic.stop().await?;
+            none_failed(&tally)?;
+            let all: f64 = mix.iter().map(|(_, weight)| f64::from(*weight)).sum();
+            for (version, weight) in mix {
+                let answers = tally.answered.get(&format!("reviews-{version}"));
+                #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+                let share = answers.copied().unwrap_or_default() as f64 / tally.calls() as f64;
+                let wanted = f64::from(weight) / all;
+                println!("{version}: {share:.4}, wanted {wanted:.4}");
+                anyhow::ensure!((share - wanted).abs() < 0.02, "{version} has {share:.4}");
+                anyhow::ensure!(weight > 0 || share == 0.0, "{version} is called");
+            }
+        }
+        Ok(())
     });
 }
 
@@ -213,24 +181,21 @@ fn a_branch_by_header_and_by_caller_that_falls_back_to_the_base() {
     });
 }
 
+/// What the VirtualService of the service says.
+async fn routes(lab: &Lab) -> anyhow::Result<String> {
+    let object = "virtualservice/fenceline-reviews";
+    lab.kubectl(&["-n", "shop", "get", object, "-o", "jsonpath={.spec}"])
+        .await
+}
+
 #[test]
 fn a_change_that_proxies_refuse_is_taken_back_and_said() {
     fenceline_e2e::test(async |lab| {
-        let targets = mesh(lab).await?;
+        lab.routed_mesh(&["v1"]).await?;
         lab.router(REVIEWS, &versions("{v1: 1}")).await?;
         lab.until_router(REVIEWS, "Stable").await?;
-        let good = lab
-            .kubectl(&[
-                "-n",
-                "shop",
-                "get",
-                "virtualservice",
-                "fenceline-reviews",
-                "-o",
-                "jsonpath={.spec}",
-            ])
-            .await?;
-        let traffic = load(lab, targets)?;
+        let good = routes(lab).await?;
+        let traffic = callers(lab).await?;
         // istiod passes it on; Envoy has no such command.
         let wrong = "{service: reviews, http: {headers: {request: {set: {x-wrong: '%NO_SUCH_COMMAND()%'}}}}}";
         lab.traffic_patch(("shop", "wrong"), wrong).await?;
@@ -240,22 +205,12 @@ fn a_change_that_proxies_refuse_is_taken_back_and_said() {
             said.contains("client-") && said.contains("NO_SUCH_COMMAND"),
             "{said}"
         );
-        let now = lab
-            .kubectl(&[
-                "-n",
-                "shop",
-                "get",
-                "virtualservice",
-                "fenceline-reviews",
-                "-o",
-                "jsonpath={.spec}",
-            ])
-            .await?;
+        let now = routes(lab).await?;
         anyhow::ensure!(now == good, "{now}, not {good}");
         lab.kubectl(&["-n", "shop", "delete", "trafficpatch", "wrong"])
             .await?;
         lab.until_router(REVIEWS, "Stable").await?;
-        assert_none_failed(&traffic.stop().await?)
+        none_failed(&traffic.stop().await?)
     });
 }
 
@@ -386,11 +341,10 @@ fn a_sandbox_opens_once_every_service_of_it_is_ready() {
 #[test]
 fn the_operator_and_an_istiod_die_in_the_middle_of_changes() {
     fenceline_e2e::test(async |lab| {
-        let targets = mesh(lab).await?;
-        lab.version(REVIEWS, "v2", &[]).await?;
+        lab.routed_mesh(&["v1", "v2"]).await?;
         lab.router(REVIEWS, &versions("{v1: 1}")).await?;
         lab.until_router(REVIEWS, "Stable").await?;
-        let traffic = load(lab, targets)?;
+        let traffic = callers(lab).await?;
         // Between every two writes, and while each is on its way.
         for (change, delay) in [0, 60, 120, 180, 250, 350, 500, 900, 1500]
             .into_iter()
@@ -427,6 +381,6 @@ fn the_operator_and_an_istiod_die_in_the_middle_of_changes() {
         lab.control_plane.start_second_istiod().await?;
         lab.until_router(REVIEWS, "Stable").await?;
         println!("{:.1?}: an istiod died", traffic.elapsed());
-        assert_none_failed(&traffic.stop().await?)
+        none_failed(&traffic.stop().await?)
     });
 }

@@ -4,16 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use fenceline_e2e::app::Protocol;
-use fenceline_e2e::fences::Name;
 use fenceline_e2e::install::OPERATOR;
-use fenceline_e2e::traffic::{Target, Traffic};
+use fenceline_e2e::routers::{REVIEWS, load};
+use fenceline_e2e::traffic::Traffic;
 use fenceline_e2e::wait::eventually;
-use fenceline_e2e::{Lab, PATIENCE, PodSpec};
+use fenceline_e2e::{Lab, PATIENCE};
 use serde_json::{Value, json};
-
-const REVIEWS: Name<'_> = ("shop", "reviews");
-const CLIENTS: [&str; 2] = ["client-a", "client-b"];
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -29,26 +25,14 @@ pub(super) struct Flags {
 }
 
 pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
-    lab.start_second_istiod().await?;
-    lab.install().await?;
-    lab.namespace("shop").await?;
-    lab.service("shop", "reviews", &["http:80", "grpc:90"])
-        .await?;
-    for version in ["v1", "v2"] {
-        lab.version(REVIEWS, version, &[]).await?;
-    }
-    for (client, second) in CLIENTS.into_iter().zip([false, true]) {
-        let mut spec = PodSpec::new("shop", client);
-        spec.second_istiod = second;
-        lab.pod(spec).await?;
-    }
+    lab.routed_mesh(&["v1", "v2"]).await?;
     lab.router(REVIEWS, &router("v1")).await?;
     lab.until_router(REVIEWS, "Stable").await?;
     lab.until_quiet(OPERATOR, Duration::from_secs(2)).await?;
 
     let (mut shifted, mut stable) = (Vec::new(), Vec::new());
     let written = lab.writes(OPERATOR).await?;
-    let traffic = load(lab, flags).await?;
+    let traffic = callers(lab, flags).await?;
     for change in 0..flags.changes {
         let version = ["v2", "v1"][change % 2];
         let started = Instant::now();
@@ -72,23 +56,10 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
 
     lab.kubectl(&["-n", "shop", "delete", "router", "reviews"])
         .await?;
-    eventually(PATIENCE * 2, "nothing is left", async || {
-        let left = [
-            "-n",
-            "shop",
-            "get",
-            "virtualservices,destinationrules",
-            "-o",
-            "name",
-        ];
-        let left = lab.kubectl(&left).await?;
-        anyhow::ensure!(left.trim().is_empty(), "{left}");
-        Ok(())
-    })
-    .await?;
+    lab.until_unrouted("shop").await?;
     lab.apply(&naive("v1")).await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let traffic = load(lab, flags).await?;
+    let traffic = callers(lab, flags).await?;
     for change in 0..flags.changes {
         lab.apply(&naive(["v2", "v1"][change % 2])).await?;
         tokio::time::sleep(Duration::from_secs(3)).await;
@@ -153,25 +124,7 @@ async fn pace(traffic: &Traffic, flags: &Flags, change: usize) {
     }
 }
 
-async fn load(lab: &Lab, flags: &Flags) -> anyhow::Result<Traffic> {
-    let mut targets = Vec::new();
-    for (protocol, port) in [
-        (Protocol::Http1, 80),
-        (Protocol::Http2, 80),
-        (Protocol::Grpc, 90),
-    ] {
-        let mut target = Target::of(lab, REVIEWS, "", protocol, port).await?;
-        target.answered_by = None;
-        targets.push(target);
-    }
-    let pods: Vec<Name<'_>> = CLIENTS
-        .into_iter()
-        .cycle()
-        .take(flags.callers)
-        .map(|name| ("shop", name))
-        .collect();
-    let choice = |pod: usize, round: u64, targets: usize| {
-        (pod + usize::try_from(round).unwrap_or_default()) % targets
-    };
-    Traffic::start(lab, &pods, targets, Duration::from_millis(5), choice)
+async fn callers(lab: &Lab, flags: &Flags) -> anyhow::Result<Traffic> {
+    let targets = lab.reviews().await?;
+    load(lab, targets, flags.callers, Duration::from_millis(5))
 }
