@@ -18,6 +18,8 @@ pub const ADDRESS: &str = "10.244.0.1";
 pub const SECOND_ADDRESS: &str = "10.244.0.2";
 /// Where kube-apiserver listens.
 pub const API_PORT: u16 = 6443;
+/// Where a gate in front of it does ([`crate::gate`]).
+pub const GATE_PORT: u16 = 6444;
 
 #[derive(Debug)]
 pub struct ControlPlane {

@@ -7,7 +7,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use kube::Api;
 
 use crate::app::Protocol;
-use crate::control_plane::{ADDRESS, API_PORT, kubeconfig};
+use crate::control_plane::kubeconfig;
 use crate::lab::{Lab, PATIENCE, request};
 use crate::pod::{App, PodSpec};
 use crate::wait::eventually;
@@ -102,8 +102,7 @@ impl Lab {
         let (mut spec, mut args) = self.replica("fenceline", name).await?;
         let token = self.token(SYSTEM, &spec.service_account, "").await?;
         let path = self.scratch.join(format!("{name}.kubeconfig"));
-        let server = format!("https://{ADDRESS}:{API_PORT}");
-        std::fs::write(&path, kubeconfig(&server, &token))?;
+        std::fs::write(&path, kubeconfig(&self.operator_server, &token))?;
         let env = [("KUBECONFIG".to_owned(), path.to_string_lossy().into_owned())];
         // What the Deployment mounts.
         let secrets = self

@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use crate::app::{Call, Outcome, Protocol, Shape};
-use crate::control_plane::{ADDRESS, ControlPlane, SECOND_ADDRESS, client};
+use crate::control_plane::{ADDRESS, API_PORT, ControlPlane, SECOND_ADDRESS, client};
 use crate::isolate::{self, SCRATCH, run};
 use crate::pod::{NODE, Pod, PodSpec, Surroundings};
 use crate::process::Process;
@@ -41,6 +41,8 @@ pub struct Lab {
     pub logs: PathBuf,
     /// Further arguments for operators that are started from now on.
     pub operator_args: Vec<String>,
+    /// Where operators that are started from now on find kube-apiserver.
+    pub operator_server: String,
     pub(crate) prometheus: Option<Process>,
     pods: BTreeMap<String, Pod>,
     started: u16,
@@ -117,6 +119,7 @@ impl Lab {
             scratch,
             logs,
             operator_args: Vec::new(),
+            operator_server: format!("https://{ADDRESS}:{API_PORT}"),
             prometheus: None,
             pods: BTreeMap::new(),
             started: 1,

@@ -6,6 +6,7 @@ pub mod control_plane;
 pub mod cost;
 pub mod fences;
 pub mod forward;
+pub mod gate;
 pub mod guard;
 pub mod idle;
 pub mod install;

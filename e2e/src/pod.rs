@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use crate::app::{Call, Outcome, Protocol, ask};
-use crate::control_plane::{ADDRESS, API_PORT, SECOND_ADDRESS};
+use crate::control_plane::{ADDRESS, API_PORT, GATE_PORT, SECOND_ADDRESS};
 use crate::isolate::run;
 use crate::process::Process;
 use crate::tools::Tools;
@@ -247,7 +247,7 @@ impl Pod {
             "-d",
             "15090,15021,15020,15000",
         ]);
-        let ports = format!("{API_PORT},15090,15012,15014");
+        let ports = format!("{API_PORT},{GATE_PORT},15090,15012,15014");
         // As the operator's Deployment asks for: its watches must outlive its sidecar's restarts.
         args.extend(["-o", &ports]);
         run("ip", &args).map(drop)
