@@ -329,6 +329,9 @@ pub struct RouterStatus {
     /// Which TrafficPatch each field of the routes and of the destination has its value from.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fields: Vec<FieldOrigin>,
+    /// What every proxy had last, in short: whoever leads next need not ask them again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_force: Option<String>,
 }
 
 /// What became of a branch.

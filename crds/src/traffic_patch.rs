@@ -217,4 +217,7 @@ pub struct TrafficPatchStatus {
     /// The fields that another patch sets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<FieldOrigin>,
+    /// What every proxy had last, in short, where no Router says so: whoever leads next need not ask them again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_force: Option<String>,
 }

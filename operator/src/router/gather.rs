@@ -39,8 +39,8 @@ pub(super) fn endpoints(world: &World, service: &Key, labels: &Labels) -> u32 {
     u32::try_from(ready.count()).unwrap_or(u32::MAX)
 }
 
-/// Finds out all there is about a service.
-pub(super) fn gather<'a>(service: &'a Key, world: &World) -> Gathered<'a> {
+/// Finds out all there is about a service; `root` is Istio's root namespace.
+pub(super) fn gather<'a>(service: &'a Key, world: &World, root: &str) -> Gathered<'a> {
     let age = |router: &Arc<Router>| {
         let created = router.creation_timestamp().map(|time| time.0);
         (created.unwrap_or(Timestamp::MAX), router.name_any())
@@ -59,7 +59,7 @@ pub(super) fn gather<'a>(service: &'a Key, world: &World) -> Gathered<'a> {
     let patches = patches.filter(|patch| patch.spec.service == service.name);
     let fqdn = world.fqdn(service);
     Gathered {
-        conflicts: said::conflicts(service, &fqdn, world),
+        conflicts: said::conflicts(service, &fqdn, world, root),
         service,
         fqdn,
         router,

@@ -14,14 +14,15 @@ use super::arrival::{Expectation, Outcome};
 use super::follow::Followed;
 use super::gather::{Gathered, endpoints, gather};
 use super::order::{self, Arrived, Stage, Step, Stored};
+use super::passing::Passing;
 use super::plan::{Inputs, Target, plan, short_hash, subset_name};
+use super::report::Report;
 use super::write::{self, Made, Objects};
 use super::{Context, RESYNC, RETRY, said};
+use crate::apply;
 use crate::fence::select::Labels;
 use crate::world::{Key, World};
 
-/// While something is waited for, status says what, this often.
-const SAY: Duration = Duration::from_secs(2);
 /// What was written is looked at again once the watch shows it, which is soon.
 const SHOWN: Duration = Duration::from_millis(20);
 
@@ -47,6 +48,7 @@ pub(super) struct OnTheWay {
     pub(super) routes: Option<Followed>,
     /// The versions of objects that we wrote: until the watch shows them or newer ones, nothing is worked out.
     written: Option<(Instant, write::Versions)>,
+    passing: Option<Passing>,
 }
 
 /// Where a service stands.
@@ -58,6 +60,8 @@ pub(super) enum Standing {
     /// The target was refused, and the last good state is in force.
     Refused(String),
     Conflicted(Vec<String>),
+    /// Somebody else's has the name of the one to be made.
+    ServiceIsForeign(Key),
     Invalid(String),
     NoService,
     Failing(String),
@@ -80,7 +84,7 @@ impl Hosts {
     /// Takes the next step for a service.
     pub(super) async fn reconcile(&self, service: &Key) -> Next {
         let world = Arc::clone(&self.context.world.borrow());
-        let gathered = gather(service, &world);
+        let gathered = gather(service, &world, &self.context.settings.root_namespace);
         if !self.is_shown(service, &gathered.objects) {
             return Next::In(SHOWN);
         }
@@ -102,8 +106,16 @@ impl Hosts {
             }
         };
         let prepared = |branch: &str| self.is_prepared(&gathered, branch);
-        let reported =
-            said::report(&gathered, &target, &standing, &prepared, &self.context, now).await;
+        let (lasts, again) = self.pass(&gathered, &standing);
+        let report = Report {
+            gathered: &gathered,
+            target: &target,
+            standing: &standing,
+            prepared: &prepared,
+            lasts,
+            now,
+        };
+        let reported = report.write(&self.context).await;
         let nothing = gathered.router.is_none() && gathered.patches.is_empty();
         if nothing && gathered.objects.is_empty() {
             self.lock().remove(service);
@@ -111,12 +123,27 @@ impl Hosts {
         }
         let ends = said::next_end(&gathered, now).and_then(|end| Duration::try_from(end).ok());
         let next = match &standing {
-            Standing::Changing(..) => SAY,
+            Standing::Changing(..) => again,
             Standing::Failing(_) => RETRY,
             _ if !reported => RETRY,
             _ => RESYNC,
         };
         Next::In(ends.map_or(next, |end| end.min(next)))
+    }
+
+    /// Whether the stage under way has lasted long enough to be said, and when to ask again.
+    fn pass(&self, gathered: &Gathered<'_>, standing: &Standing) -> (bool, Duration) {
+        let mut followed = self.lock();
+        let of_service = followed.entry(gathered.service.clone()).or_default();
+        let Standing::Changing(stage, _) = *standing else {
+            of_service.passing = None;
+            return (true, RESYNC);
+        };
+        let now = Instant::now();
+        let mut passing = Passing::go_on(of_service.passing, stage, now);
+        let (lasts, again) = passing.say(change(gathered.router.as_deref()).drain(), now);
+        of_service.passing = Some(passing);
+        (lasts, again)
     }
 
     /// Whether the watch shows what we wrote last.
@@ -142,6 +169,9 @@ impl Hosts {
         if let Some(router) = &gathered.router {
             match write::ensure_service(router, world, &self.context).await {
                 Ok(()) => {}
+                Err(apply::Error::NotOurs { object, .. }) => {
+                    return Standing::ServiceIsForeign(object);
+                }
                 Err(error) => return Standing::Failing(crate::chain(&error)),
             }
         }
@@ -253,7 +283,7 @@ impl Hosts {
                 let of_service = on_the_way.entry(gathered.service.clone()).or_default();
                 *K::followed(of_service) = Some(followed);
                 of_service.written = Some((Instant::now(), K::written(version)));
-                Standing::Changing(stage, "written a moment ago".to_owned())
+                Standing::Changing(stage, "it is on its way to the proxies".to_owned())
             }
         }
     }
@@ -275,13 +305,13 @@ impl Hosts {
         )
     }
 
-    /// What is stored and not followed yet, as after a start, or was changed by somebody. Where status says that all had arrived,
-    /// it has.
+    /// What is stored and not followed yet, as after a start, or was changed by somebody. Where status says that every proxy had
+    /// just this, they have.
     fn follow_stored(&self, gathered: &Gathered<'_>, change: &Change, world: &World) {
         let mut followed = self.lock();
         let of_service = followed.entry(gathered.service.clone()).or_default();
         let begins = of_service.rule.is_none() && of_service.routes.is_none();
-        let trusted = begins && said::was_stable(gathered);
+        let trusted = begins && said::is_in_force(gathered);
         self.follow_if_new::<DestinationRule>(of_service, trusted, gathered, change, world);
         self.follow_if_new::<VirtualService>(of_service, trusted, gathered, change, world);
     }
@@ -341,7 +371,8 @@ impl Hosts {
         let has = |name: &str| {
             rule.is_some_and(|rule| order::names(&rule.spec).any(|known| known == name))
         };
-        arrived.rule && versions.all(|version| has(&subset_name(branch, version)))
+        let has_all = versions.all(|version| has(&subset_name(branch, version)));
+        has_all && (arrived.rule || said::was_prepared(gathered, branch))
     }
 
     /// What was refused, or did not arrive in time.

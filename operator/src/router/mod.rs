@@ -8,9 +8,11 @@ mod gather;
 mod host;
 pub mod istiod;
 pub mod order;
+mod passing;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
+mod report;
 mod said;
 mod view;
 mod write;

@@ -1,48 +1,29 @@
-//! What Routers and patches say of themselves.
+//! What statuses say that the plan needs, and what else keeps it from being carried out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Debug;
 use std::time::Duration;
 
-use fenceline_crds::{
-    Branch, BranchStatus, Router, RouterStatus, TrafficPatch, TrafficPatchStatus,
-};
+use fenceline_crds::{Branch, BranchStatus, Router};
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::{Resource, ResourceExt};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use kube::ResourceExt;
 
-use super::Context;
 use super::gather::Gathered;
-use super::host::Standing;
 use super::order;
-use super::plan::{BranchPlan, Target, subset_name};
-use crate::status::{Said, set_conditions};
+use super::plan::subset_name;
 use crate::world::{Key, World, in_namespace};
 
-/// Whether status says that everything had arrived.
-pub(super) fn was_stable(gathered: &Gathered<'_>) -> bool {
-    let router = gathered
-        .router
-        .iter()
-        .filter_map(|router| router.status.as_ref());
-    let patches = gathered
-        .patches
-        .iter()
-        .filter_map(|patch| patch.status.as_ref());
-    let conditions = router
-        .map(|status| &status.conditions)
-        .chain(patches.map(|status| &status.conditions));
-    let mut ready = conditions
-        .flatten()
-        .filter(|condition| condition.type_ == "Ready");
-    ready.any(|condition| condition.reason == "Stable")
+/// Whether status says that every proxy had what is stored.
+pub(super) fn is_in_force(gathered: &Gathered<'_>) -> bool {
+    let known = match (&gathered.router, gathered.patches.iter().next()) {
+        (Some(router), _) => router.status.as_ref().and_then(|it| it.in_force.as_ref()),
+        (None, Some(patch)) => patch.status.as_ref().and_then(|it| it.in_force.as_ref()),
+        (None, None) => None,
+    };
+    known.is_some_and(|known| *known == gathered.objects.mark())
 }
 
 /// When a Router first had a branch.
-fn since(router: &Router, branch: &str, now: Timestamp) -> Timestamp {
+pub(super) fn since(router: &Router, branch: &str, now: Timestamp) -> Timestamp {
     let known = router.status.iter().flat_map(|status| &status.branches);
     let mut known = known.filter(|known| known.name == branch);
     known
@@ -56,6 +37,19 @@ fn left(since: Timestamp, ttl: Duration, now: Timestamp) -> SignedDuration {
     since
         .saturating_add(ttl)
         .map_or(SignedDuration::MAX, |end| end.duration_since(now))
+}
+
+/// Whether status says that every proxy had what leads to a branch, of the versions that it has now.
+pub(super) fn was_prepared(gathered: &Gathered<'_>, branch: &str) -> bool {
+    let Some(router) = &gathered.router else {
+        return false;
+    };
+    let mut branches = router.spec.branches.iter();
+    let now = branches.find(|known| known.name == branch);
+    let known = router.status.iter().flat_map(|status| &status.branches);
+    let mut known = known.filter(|known| known.name == branch && known.prepared);
+    let same = |known: &BranchStatus, now: &Branch| known.endpoints.keys().eq(now.versions.keys());
+    now.is_some_and(|now| known.any(|known| same(known, now)))
 }
 
 /// When the next branch's time is over.
@@ -131,7 +125,7 @@ fn lacks(router: &Router, branch: &str) -> bool {
 }
 
 /// What somebody else wrote for the same host.
-pub(super) fn conflicts(service: &Key, fqdn: &str, world: &World) -> Vec<String> {
+pub(super) fn conflicts(service: &Key, fqdn: &str, world: &World, root: &str) -> Vec<String> {
     let routes = world.routes_of(fqdn);
     let own = Key::new(&*service.namespace, super::write::name(service));
     let foreign = routes.filter(|key| **key != own);
@@ -146,224 +140,108 @@ pub(super) fn conflicts(service: &Key, fqdn: &str, world: &World) -> Vec<String>
         })
         .collect();
     let rules = world.rules.iter();
-    let hiding =
-        rules.filter(|(key, host)| ***host == *fqdn && !world.own_rules.contains_key(*key));
-    conflicts.extend(hiding.map(|(key, _)| {
+    let theirs = rules.filter(|(key, _)| !world.own_rules.contains_key(*key));
+    conflicts.extend(theirs.filter_map(|(key, host)| {
         if key.namespace == service.namespace {
-            format!("DestinationRule {key}")
-        } else {
-            format!("DestinationRule {key}, which hides ours from callers there")
+            // Of two in one namespace the more exact host wins, and ours has no wildcard.
+            return (**host == *fqdn).then(|| format!("DestinationRule {key}"));
         }
+        // The root namespace's come after the service's own.
+        let hides = **host == *fqdn || (key.namespace != root && covers(host, fqdn));
+        hides.then(|| format!("DestinationRule {key}, which hides ours from callers there"))
     }));
     conflicts
 }
 
-/// Writes every status; says whether all went well.
-pub(super) async fn report(
-    gathered: &Gathered<'_>,
-    target: &Target,
-    standing: &Standing,
-    prepared: &dyn Fn(&str) -> bool,
-    context: &Context,
-    now: Timestamp,
-) -> bool {
-    let mut well = true;
-    if let Some(router) = &gathered.router {
-        let status = router_status(router, target, standing, prepared, now);
-        well &= write(router.as_ref(), router.status.as_ref(), &status, context).await;
+/// Whether a DestinationRule's host, which may begin with a wildcard, is or covers a name.
+fn covers(host: &str, fqdn: &str) -> bool {
+    match host.strip_prefix('*') {
+        Some(end) => fqdn.ends_with(end),
+        None => host == fqdn,
     }
-    for junior in &gathered.juniors {
-        let senior = gathered
-            .router
-            .as_ref()
-            .map(|router| router.name_any())
-            .unwrap_or_default();
-        let why =
-            format!("Router {senior} is for the same Service and is older; delete one of them");
-        let old = junior.status.clone().unwrap_or_default();
-        let status = RouterStatus {
-            observed_generation: junior.metadata.generation,
-            conditions: set_conditions(
-                &old.conditions,
-                &[
-                    said("Ready", false, "Conflicted", why.clone()),
-                    said("Conflicted", true, "Conflicted", why),
-                ],
-                junior.metadata.generation,
-                now,
-            ),
-            ..RouterStatus::default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use fenceline_crds::RouterStatus;
+    use fenceline_crds::istio::DestinationRule;
+
+    use super::*;
+    use crate::router::gather::gather;
+    use crate::testing::{world, yaml};
+
+    const ROOT: &str = "istio-system";
+
+    fn reviews() -> Key {
+        Key::new("shop", "reviews")
+    }
+
+    /// What is stored is believed to be everywhere only where status says so of just this.
+    #[test]
+    fn a_leader_trusts_what_was_said_of_what_is_stored() {
+        let mut mesh = world();
+        let spec = "{service: reviews, branches: [{name: main, versions: {v1: 1}}]}";
+        let mut router = Router::new("reviews", yaml(spec));
+        router.metadata.namespace = Some("shop".to_owned());
+        let mut stored = |spec: &str| {
+            let rule = DestinationRule::new("fenceline-reviews", yaml(spec));
+            let key = Key::new("shop", "fenceline-reviews");
+            mesh.own_rules.insert(key, Arc::new(rule));
+            mesh.clone()
         };
-        well &= write(junior.as_ref(), junior.status.as_ref(), &status, context).await;
+        let service = reviews();
+        let before = stored("{host: reviews, subsets: [{name: a}]}");
+        let after = stored("{host: reviews, subsets: [{name: a}, {name: b}]}");
+        let trusted = |mesh: &World, in_force: Option<&str>| {
+            let mut mesh = mesh.clone();
+            let mut router = router.clone();
+            router.status = in_force.map(|mark| RouterStatus {
+                in_force: Some(mark.to_owned()),
+                ..RouterStatus::default()
+            });
+            mesh.routers.insert(reviews(), Arc::new(router));
+            is_in_force(&gather(&service, &mesh, ROOT))
+        };
+        let mark = gather(&service, &before, ROOT).objects.mark();
+        assert!(trusted(&before, Some(&mark)));
+        assert!(
+            !trusted(&after, Some(&mark)),
+            "it was written and has not arrived"
+        );
+        assert!(!trusted(&before, None));
     }
-    for patch in gathered.patches.iter() {
-        let status = patch_status(patch, target, standing, now);
-        well &= write(patch, patch.status.as_ref(), &status, context).await;
-    }
-    well
-}
 
-/// Writes a status that differs from the one that is there; says whether it went well.
-async fn write<K, S>(object: &K, old: Option<&S>, status: &S, context: &Context) -> bool
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-        + Clone
-        + Debug
-        + DeserializeOwned,
-    S: PartialEq + Serialize,
-{
-    if old == Some(status) {
-        return true;
-    }
-    let written = context.status.of(object, status).await;
-    let (kind, name) = (K::kind(&()), object.name_any());
-    written
-        .inspect_err(|error| tracing::warn!(%kind, name, %error, "a status"))
-        .is_ok()
-}
-
-fn said(type_: &'static str, status: bool, reason: &'static str, message: String) -> Said {
-    Said {
-        type_,
-        status,
-        reason,
-        message,
-    }
-}
-
-/// The `Ready` condition.
-fn ready(standing: &Standing) -> Said {
-    let (status, reason, message) = match standing {
-        Standing::Stable => (true, "Stable", "every proxy has it".to_owned()),
-        Standing::Changing(stage, why) => (false, stage.name(), why.clone()),
-        Standing::Refused(why) => (
-            false,
-            "Refused",
-            format!(
-                "the last change was taken back, and what was in force before is again: {why}. It is tried again once something else is wanted"
-            ),
-        ),
-        Standing::Conflicted(others) => (
-            false,
-            "Conflicted",
-            format!(
-                "{} is for the same host and is not Fenceline's; nothing is written. `fenceline adopt` makes a Router of it",
-                others.join(", ")
-            ),
-        ),
-        Standing::Invalid(why) => (false, "Invalid", format!("{why}; nothing is done")),
-        Standing::NoService => (
-            false,
-            "ServiceNotFound",
-            "the Service does not exist; make it, or give spec.createService".to_owned(),
-        ),
-        Standing::Failing(why) => (false, "Failing", why.clone()),
-    };
-    said("Ready", status, reason, message)
-}
-
-fn conflicted(standing: &Standing) -> Said {
-    match standing {
-        Standing::Conflicted(others) => said("Conflicted", true, "Conflicted", others.join(", ")),
-        _ => said(
-            "Conflicted",
-            false,
-            "NoConflict",
-            "nobody else's object is for this host".to_owned(),
-        ),
-    }
-}
-
-fn router_status(
-    router: &Router,
-    target: &Target,
-    standing: &Standing,
-    prepared: &dyn Fn(&str) -> bool,
-    now: Timestamp,
-) -> RouterStatus {
-    let old = router.status.clone().unwrap_or_default();
-    let generation = router.metadata.generation;
-    let branches = target.branches.iter();
-    let branches = branches.map(|branch| branch_status(router, branch, prepared, now));
-    RouterStatus {
-        observed_generation: generation,
-        conditions: set_conditions(
-            &old.conditions,
-            &[ready(standing), conflicted(standing)],
-            generation,
-            now,
-        ),
-        stage: Some(ready(standing).reason.to_owned()),
-        branches: branches.collect(),
-        fields: target.patches.fields(),
-    }
-}
-
-fn branch_status(
-    router: &Router,
-    branch: &BranchPlan,
-    prepared: &dyn Fn(&str) -> bool,
-    now: Timestamp,
-) -> BranchStatus {
-    let idle: Vec<String> = branch
-        .endpoints
-        .iter()
-        .filter(|(_, ready)| **ready == 0)
-        .map(|(version, _)| version.clone())
-        .collect();
-    let message = match &branch.shut {
-        Some(why) => format!("no requests go there: {why}"),
-        None if idle.is_empty() => "requests go there".to_owned(),
-        None => format!(
-            "requests go there, but not to {}, which have no ready endpoints",
-            idle.join(", ")
-        ),
-    };
-    let first = since(router, &branch.name, now);
-    BranchStatus {
-        name: branch.name.clone(),
-        since: first.round(jiff::Unit::Second).ok().map(Time),
-        endpoints: branch.endpoints.clone(),
-        prepared: prepared(&branch.name) && branch.endpoints.values().any(|ready| *ready > 0),
-        message,
-    }
-}
-
-fn patch_status(
-    patch: &TrafficPatch,
-    target: &Target,
-    standing: &Standing,
-    now: Timestamp,
-) -> TrafficPatchStatus {
-    let old = patch.status.clone().unwrap_or_default();
-    let generation = patch.metadata.generation;
-    let name = patch.name_any();
-    let outcome = &target.patches;
-    let ready = match outcome.refused.get(&name) {
-        Some(why) => said("Ready", false, "NotApplied", why.clone()),
-        None => ready(standing),
-    };
-    TrafficPatchStatus {
-        observed_generation: generation,
-        conditions: set_conditions(
-            &old.conditions,
-            &[ready, conflicted(standing)],
-            generation,
-            now,
-        ),
-        won: outcome
-            .won
-            .get(&name)
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect(),
-        lost: outcome
-            .lost
-            .get(&name)
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect(),
+    #[test]
+    fn whose_destination_rules_are_in_the_way() {
+        let all = |rules: &[(&str, &str)]| {
+            let mut mesh = world();
+            for (namespace, host) in rules {
+                let key = Key::new(*namespace, "theirs");
+                mesh.rules.insert(key, Arc::new((*host).to_owned()));
+            }
+            conflicts(&reviews(), "reviews.shop.svc.cluster.local", &mesh, ROOT)
+        };
+        let none: [&str; 0] = [];
+        assert_eq!(
+            all(&[("shop", "reviews.shop.svc.cluster.local")]),
+            ["DestinationRule shop/theirs"]
+        );
+        assert_eq!(all(&[("shop", "*.shop.svc.cluster.local")]), none);
+        assert_eq!(all(&[(ROOT, "*.local")]), none, "ours comes first");
+        assert_eq!(all(&[("bank", "ratings.shop.svc.cluster.local")]), none);
+        for host in [
+            "reviews.shop.svc.cluster.local",
+            "*.shop.svc.cluster.local",
+            "*.local",
+            "*",
+        ] {
+            let hidden = all(&[("bank", host)]);
+            assert_eq!(
+                hidden,
+                ["DestinationRule bank/theirs, which hides ours from callers there"]
+            );
+        }
     }
 }

@@ -50,6 +50,13 @@ impl Objects {
         self.rule.is_none() && self.routes.is_none()
     }
 
+    /// What they say, in short.
+    pub(super) fn mark(&self) -> String {
+        let rule = self.rule.as_ref().map(|rule| &rule.spec);
+        let routes = self.routes.as_ref().map(|routes| &routes.spec);
+        short_hash(&json!([rule, routes]).to_string())
+    }
+
     /// Why this target was taken back, if it was.
     pub(super) fn refused(&self, wanted: &str) -> Option<String> {
         let rule = self.rule.iter().map(|rule| rule.annotations());
@@ -316,13 +323,19 @@ pub(super) async fn ensure_service(
             })
         })
         .collect();
-    // What is there already is compared by what it means.
-    let has = world.services.get(&key).is_some_and(|facts| {
-        let known = facts.http_ports.iter().chain(&facts.other_ports);
-        let wanted_ports = wanted.ports.iter().map(|port| port.port);
-        facts.selector == wanted.selector
-            && known.copied().collect::<std::collections::BTreeSet<_>>() == wanted_ports.collect()
-    });
+    // What is there already is compared by what it means, once this Router's newest spec was carried out.
+    let seen = router
+        .status
+        .as_ref()
+        .and_then(|status| status.observed_generation);
+    let has = seen == router.metadata.generation
+        && world.services.get(&key).is_some_and(|facts| {
+            let known = facts.http_ports.iter().chain(&facts.other_ports);
+            let wanted_ports = wanted.ports.iter().map(|port| port.port);
+            facts.selector == wanted.selector
+                && known.copied().collect::<std::collections::BTreeSet<_>>()
+                    == wanted_ports.collect()
+        });
     if has {
         return Ok(());
     }
