@@ -52,17 +52,16 @@ pub(super) fn routes(
     let Some(marked) = marked else {
         return expectation(gathered, Vec::new());
     };
-    let of = |kind: Kind| move |name: String| Wanted { kind, name, there };
-    let mut wanted: Vec<Wanted> = order::marks(marked)
-        .into_iter()
-        .map(of(Kind::Routes))
-        .collect();
-    // Routes of connections have no names, but lead to clusters.
-    if marked.other.contains_key("tcp") {
-        let clusters = order::used(marked).into_iter();
-        let clusters = clusters.map(|subset| format!("|{subset}|{}", gathered.fqdn));
-        wanted.extend(clusters.map(of(Kind::Listeners)));
-    }
+    let connections = marked.other.contains_key("tcp");
+    let wanted = order::marks(marked).into_iter().map(|mark| {
+        let (kind, name) = if connections {
+            (Kind::Listeners, format!("|{mark}|{}", gathered.fqdn))
+        } else {
+            (Kind::Routes, mark)
+        };
+        Wanted { kind, name, there }
+    });
+    let wanted = wanted.collect();
     expectation(gathered, wanted)
 }
 

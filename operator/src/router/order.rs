@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 use fenceline_crds::istio::{DestinationRuleSpec, Subset, VirtualServiceSpec};
 use serde_json::Value;
 
+use super::istiod::VIEW_LABEL;
+
 /// What is stored.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stored<'a> {
@@ -157,13 +159,26 @@ fn collect(value: &Value, used: &mut BTreeSet<String>) {
     }
 }
 
-/// The names of routes, by which it is seen whether a proxy has them.
+/// What tells routes from others where a proxy has them: their names, and for connections, whose routes have none, the subset
+/// that a route for our own view leads to. A route for certain callers is sent to nobody else, and so is never seen.
 pub fn marks(routes: &VirtualServiceSpec) -> BTreeSet<String> {
-    let http = routes.other.get("http").and_then(Value::as_array);
-    let names = http.into_iter().flatten();
-    names
-        .filter_map(|route| Some(route["name"].as_str()?.to_owned()))
-        .collect()
+    let of = |protocol: &str| {
+        let routes = routes.other.get(protocol).and_then(Value::as_array);
+        routes.into_iter().flatten()
+    };
+    let of_some = |one: &Value| one.get("sourceLabels").is_some();
+    let matches = |route: &Value| route["match"].as_array().cloned().unwrap_or_default();
+    let named = of("http").filter(|route| {
+        let matches = matches(route);
+        matches.is_empty() || !matches.iter().all(of_some)
+    });
+    let named = named.filter_map(|route| Some(route["name"].as_str()?.to_owned()));
+    let for_view = of("tcp").filter(|route| {
+        let mut matches = matches(route).into_iter();
+        matches.any(|one| one["sourceLabels"].get(VIEW_LABEL.0).is_some())
+    });
+    let subset = for_view.filter_map(|route| route["route"][0]["destination"]["subset"].as_str());
+    named.chain(subset.map(str::to_owned)).collect()
 }
 
 #[cfg(test)]
@@ -267,6 +282,31 @@ mod tests {
                 .flatten()
                 .all(|routes| rules.iter().all(|rule| used(routes).is_subset(rule)))
         }
+    }
+
+    #[test]
+    fn what_is_seen_of_routes() {
+        let of = |protocol: &str, routes: Value| {
+            let other = [(protocol.to_owned(), routes)].into();
+            marks(&VirtualServiceSpec {
+                other,
+                ..VirtualServiceSpec::default()
+            })
+        };
+        let by_caller = json!({"sourceLabels": {"branch": "box"}});
+        let http = json!([
+            {"name": "box.1", "match": [by_caller]},
+            {"name": "either.1", "match": [{"headers": {"x-branch": {"exact": "box"}}}, by_caller]},
+            {"name": "main.1"},
+        ]);
+        assert_eq!(of("http", http), set(&["either.1", "main.1"]));
+        let to = |subset: &str| json!([{"destination": {"host": "db", "subset": subset}}]);
+        let tcp = json!([
+            {"match": [{"sourceLabels": {VIEW_LABEL.0: VIEW_LABEL.1}}], "route": to("mark-1")},
+            {"match": [by_caller], "route": to("box--v7")},
+            {"route": to("main--v1")},
+        ]);
+        assert_eq!(of("tcp", tcp), set(&["mark-1"]));
     }
 
     #[test]

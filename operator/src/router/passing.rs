@@ -37,11 +37,15 @@ impl Passing {
             None if drains => self.since,
             None => self.since + BRIEF,
         };
-        if due > now {
-            return (false, due - now);
+        let says = due <= now;
+        if says {
+            self.said = Some(now);
         }
-        self.said = Some(now);
-        (true, SAY)
+        let again = if says { SAY } else { due - now };
+        let drained = (self.since + drain).saturating_duration_since(now);
+        // Nobody else says when that is over.
+        let ends = self.stage == Stage::Draining && !drained.is_zero();
+        (says, if ends { again.min(drained) } else { again })
     }
 }
 
@@ -66,8 +70,14 @@ mod tests {
         let mut next = Passing::go_on(Some(adding), Stage::ShiftingRoutes, at(6000));
         assert!(!next.say(drain, at(6000)).0);
         let mut draining = Passing::go_on(Some(next), Stage::Draining, at(6100));
-        assert!(draining.say(drain, at(6100)).0, "that one lasts");
+        assert_eq!(draining.say(drain, at(6100)), (true, SAY), "that one lasts");
+        assert_eq!(draining.say(drain, at(11_100)), (true, SAY));
+        assert_eq!(
+            draining.say(drain, at(16_050)),
+            (false, Duration::from_millis(50)),
+            "until it ends"
+        );
         let mut draining = Passing::go_on(Some(next), Stage::Draining, at(6100));
-        assert!(!draining.say(none, at(6100)).0);
+        assert_eq!(draining.say(none, at(6100)), (false, BRIEF));
     }
 }

@@ -8,6 +8,7 @@ use fenceline_crds::istio::{DestinationRuleSpec, Subset, VirtualServiceSpec};
 use fenceline_crds::{Branch, BranchMatch, RouteProtocol, Router, VersionLabels};
 use serde_json::{Map, Value, json};
 
+use super::istiod::VIEW_LABEL;
 use crate::fence::select::Labels;
 use crate::patch::{Outcome, Part, Patches, Requests, header_match};
 
@@ -170,11 +171,7 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
             }
             http_routes(inputs.host, routes)
         }
-        RouteProtocol::Tcp => VirtualServiceSpec {
-            hosts: vec![inputs.host.to_owned()],
-            other: [("tcp".to_owned(), routes.into())].into(),
-            ..VirtualServiceSpec::default()
-        },
+        RouteProtocol::Tcp => tcp_routes(inputs.host, routes),
     });
     Ok(target)
 }
@@ -404,6 +401,21 @@ fn http_routes(host: &str, mut routes: Vec<Value>) -> VirtualServiceSpec {
     VirtualServiceSpec {
         hosts: vec![host.to_owned()],
         other: [("http".to_owned(), routes.into())].into(),
+        ..VirtualServiceSpec::default()
+    }
+}
+
+/// Routes of connections have no names: so one for nobody but our own view of what istiod sends leads to a subset with the mark.
+fn tcp_routes(host: &str, mut routes: Vec<Value>) -> VirtualServiceSpec {
+    let mark = short_hash(&json!(routes).to_string());
+    let for_view = json!({
+        "match": [{"sourceLabels": {VIEW_LABEL.0: VIEW_LABEL.1}}],
+        "route": [{"destination": {"host": host, "subset": format!("mark-{mark}")}}],
+    });
+    routes.insert(0, for_view);
+    VirtualServiceSpec {
+        hosts: vec![host.to_owned()],
+        other: [("tcp".to_owned(), routes.into())].into(),
         ..VirtualServiceSpec::default()
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use fenceline_crds::{Router, TrafficPatch};
 use serde_json::{Value, json};
 
+use super::istiod::VIEW_LABEL;
 use super::plan::{Inputs, Invalid, Target, plan, subset_name};
 use crate::fence::select::Labels;
 use crate::patch::Patches;
@@ -124,7 +125,18 @@ fn connections() {
         {"match": [{"sourceLabels": {"branch": "box"}}], "route": [{"destination": to("box--v7")}]},
         {"route": [{"destination": to("main--v1"), "weight": 1}, {"destination": to("main--v2"), "weight": 1}]},
     ]);
-    assert_eq!(target.routes.unwrap().other["tcp"], want);
+    let routes = target.routes.unwrap();
+    let (for_view, rest) = routes.other["tcp"]
+        .as_array()
+        .unwrap()
+        .split_first()
+        .unwrap();
+    assert_eq!(json!(rest), want);
+    assert!(
+        for_view["match"][0]["sourceLabels"]
+            .get(VIEW_LABEL.0)
+            .is_some()
+    );
 }
 
 #[test]
