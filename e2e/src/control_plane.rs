@@ -28,6 +28,8 @@ pub struct ControlPlane {
     pub controller_manager: Process,
     pub istiod: Option<Process>,
     pub second_istiod: Option<Process>,
+    /// The namespaces that istiods which are started from now on answer what their proxies have.
+    pub debug_allowed: String,
     pub kubeconfig: PathBuf,
     scratch: PathBuf,
     logs: PathBuf,
@@ -77,10 +79,12 @@ impl ControlPlane {
         let client = client(&kubeconfig_path).await?;
         eventually(
             Duration::from_secs(60),
-            "kube-apiserver answers",
+            "kube-apiserver is well",
             async || {
                 apiserver.still_runs()?;
-                client.apiserver_version().await?;
+                // kube-controller-manager waits for this too, but for ten seconds at most.
+                let health = http::Request::get("/healthz").body(Vec::new())?;
+                client.request_text(health).await?;
                 Ok(())
             },
         )
@@ -93,6 +97,8 @@ impl ControlPlane {
             controller_manager,
             istiod: None,
             second_istiod: None,
+            // As Fenceline's documentation asks for.
+            debug_allowed: "fenceline-system".to_owned(),
             kubeconfig: kubeconfig_path,
             scratch: scratch.to_owned(),
             logs: logs.to_owned(),
@@ -183,8 +189,10 @@ impl ControlPlane {
                 ("PILOT_ENABLE_ALPN_FILTER", "false"),
                 ("PILOT_ENABLE_TELEMETRY_LABEL", "false"),
                 ("PILOT_DISABLE_MX_ALPN", "true"),
-                // As Fenceline's documentation asks for.
-                ("DEBUG_ENDPOINT_AUTH_ALLOWED_NAMESPACES", "fenceline-system"),
+                (
+                    "DEBUG_ENDPOINT_AUTH_ALLOWED_NAMESPACES",
+                    self.debug_allowed.as_str(),
+                ),
             ]);
         Ok(command)
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use fenceline_crds::{Router, TrafficPatch};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Api;
 
 use crate::app::Protocol;
@@ -161,11 +162,50 @@ impl Lab {
             let router = self.get_router(router).await?;
             let status = router.status.context("no status")?;
             let newest = status.observed_generation == router.metadata.generation;
-            let mut conditions = status.conditions.iter();
-            let ready = conditions.find(|condition| condition.type_ == "Ready");
-            let ready = ready.context("no Ready condition")?;
-            anyhow::ensure!(newest && ready.reason == reason, "{ready:?}");
-            Ok(ready.message.clone())
+            says(&status.conditions, newest, reason)
+        })
+        .await
+    }
+
+    /// As [`Lab::until_router`], of a TrafficPatch.
+    ///
+    /// # Errors
+    /// Fails when it never does.
+    pub async fn until_patch(&self, patch: Name<'_>, reason: &str) -> anyhow::Result<String> {
+        let what = format!("TrafficPatch {patch:?} says {reason}");
+        eventually(PATIENCE * 2, &what, async || {
+            let patch = self.get_traffic_patch(patch).await?;
+            let status = patch.status.context("no status")?;
+            let newest = status.observed_generation == patch.metadata.generation;
+            says(&status.conditions, newest, reason)
+        })
+        .await
+    }
+
+    /// Waits until there is an event about a Router, by its type and its reason.
+    ///
+    /// # Errors
+    /// Fails when there is none in time.
+    pub async fn until_event(&self, router: Name<'_>, event: &str) -> anyhow::Result<()> {
+        let about = format!(
+            "involvedObject.kind=Router,involvedObject.name={}",
+            router.1
+        );
+        let columns = "jsonpath={range .items[*]}{.type} {.reason}{\"\\n\"}{end}";
+        let events = [
+            "-n",
+            router.0,
+            "get",
+            "events",
+            "--field-selector",
+            &about,
+            "-o",
+            columns,
+        ];
+        eventually(PATIENCE, event, async || {
+            let events = self.kubectl(&events).await?;
+            anyhow::ensure!(events.lines().any(|line| line == event), "{events}");
+            Ok(())
         })
         .await
     }
@@ -192,6 +232,15 @@ impl Lab {
         }
         self.pod(spec).await
     }
+}
+
+/// The message of the `Ready` condition, if it has this reason.
+fn says(conditions: &[Condition], newest: bool, reason: &str) -> anyhow::Result<String> {
+    let mut conditions = conditions.iter();
+    let ready = conditions.find(|condition| condition.type_ == "Ready");
+    let ready = ready.context("no Ready condition")?;
+    anyhow::ensure!(newest && ready.reason == reason, "{ready:?}");
+    Ok(ready.message.clone())
 }
 
 fn object(kind: &str, (namespace, name): Name<'_>, spec: &str) -> String {

@@ -1,10 +1,14 @@
 //! What people ask the command line.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::{Lab, PodSpec};
+use fenceline_e2e::routers::{REVIEWS, load, none_failed};
+use fenceline_e2e::traffic::{Tally, Traffic};
+use fenceline_e2e::wait::eventually;
+use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
@@ -97,5 +101,77 @@ fn what_slime_had_is_accepted_here() {
         lab.until_reason(("shop", "reviews"), "Enforced")
             .await
             .map(drop)
+    });
+}
+
+/// What somebody wrote by hand.
+const BY_HAND: &str = "{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: by-hand, namespace: shop}, \
+      spec: {hosts: [reviews], http: [{timeout: 9s, route: [\
+      {destination: {host: reviews, subset: stable}, weight: 80}, {destination: {host: reviews, subset: canary}, weight: 20}]}]}}\n---\n\
+    {apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: by-hand, namespace: shop}, \
+      spec: {host: reviews, trafficPolicy: {connectionPool: {http: {maxRequestsPerConnection: 1000}}}, \
+      subsets: [{name: stable, labels: {version: v1}}, {name: canary, labels: {version: v2}}]}}";
+
+/// The share of all calls since `before` that a pod answered.
+fn share(before: &Tally, after: &Tally, pod: &str) -> f64 {
+    let of = |tally: &Tally| tally.answered.get(pod).copied().unwrap_or_default();
+    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+    let share = (of(after) - of(before)) as f64 / (after.calls() - before.calls()) as f64;
+    share
+}
+
+/// Lets so many calls be made; gives the share of `reviews-v1` among them.
+async fn shared(traffic: &Traffic, calls: usize) -> anyhow::Result<f64> {
+    let before = traffic.tally();
+    eventually(PATIENCE * 4, "enough calls", async || {
+        anyhow::ensure!(traffic.tally().calls() >= before.calls() + calls);
+        Ok(())
+    })
+    .await?;
+    Ok(share(&before, &traffic.tally(), "reviews-v1"))
+}
+
+#[test]
+fn what_people_wrote_becomes_a_router_under_load() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1", "v2"]).await?;
+        lab.apply(BY_HAND).await?;
+        // Applied so, they cost calls of their own.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let traffic = load(lab, lab.reviews().await?, 12, Duration::from_millis(5))?;
+        println!("by hand: v1 has {:.3}", shared(&traffic, 3000).await?);
+        let kinds = "virtualservice,destinationrule";
+        let theirs = ["-n", "shop", "get", kinds, "by-hand", "-o", "yaml"];
+        let theirs = lab.kubectl(&theirs).await?;
+        let (yaml, report) = fenceline(lab, &["adopt", "-"], &theirs).await?;
+        println!("{yaml}\n{report}");
+        lab.apply(&yaml).await?;
+        let said = lab.until_router(REVIEWS, "Conflicted").await?;
+        anyhow::ensure!(
+            said.contains("VirtualService shop/by-hand")
+                && said.contains("DestinationRule shop/by-hand"),
+            "{said}"
+        );
+        // The routes first: their subsets stay for as long as a proxy may have them.
+        let between = traffic.tally();
+        let began = traffic.elapsed();
+        lab.kubectl(&["-n", "shop", "delete", "virtualservice", "by-hand"])
+            .await?;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        lab.kubectl(&["-n", "shop", "delete", "destinationrule", "by-hand"])
+            .await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        println!(
+            "handed over in {:.1?}, v1 had {:.3} meanwhile",
+            traffic.elapsed() - began,
+            share(&between, &traffic.tally(), "reviews-v1")
+        );
+        let ours = shared(&traffic, 10_000).await?;
+        println!("the Router: v1 has {ours:.3}");
+        anyhow::ensure!((ours - 0.8).abs() < 0.02, "{ours}");
+        let routes = ["-n", "shop", "get", "virtualservice", "-o", "yaml"];
+        let routes = lab.kubectl(&routes).await?;
+        anyhow::ensure!(routes.contains("timeout: 9s"), "{routes}");
+        none_failed(&traffic.stop().await?)
     });
 }

@@ -2,17 +2,20 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
 use fenceline_e2e::gate::{Closes, Gate, Write};
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
 use fenceline_e2e::routers::{REVIEWS, load, none_failed};
 use fenceline_e2e::traffic::Traffic;
-use fenceline_e2e::wait::eventually;
-use fenceline_e2e::{Lab, PATIENCE};
+use fenceline_e2e::wait::{eventually, throughout};
+use fenceline_e2e::{Lab, PATIENCE, Signal};
 
 /// More than any change has.
 const MOST: usize = 40;
 /// Writes that follow a change at once have been made by then.
 const AFTERWARDS: Duration = Duration::from_secs(1);
+/// Less than an istiod may take until it is left out.
+const STOPPED: Duration = Duration::from_secs(4);
 
 fn only(version: &str) -> String {
     format!(
@@ -69,6 +72,53 @@ fn no_request_fails_wherever_the_operator_is_killed() {
                 .any(|point| point.starts_with(&format!("{closes:?} ")) && point.contains(written));
             anyhow::ensure!(covered, "no point {closes:?} a write of {written}");
         }
+        none_failed(&traffic.stop().await?)
+    });
+}
+
+/// Whoever leads next knows that nobody has what was stored a moment ago, although status still says that all was well.
+#[test]
+fn what_one_istiod_has_not_sent_is_waited_for_by_the_next_leader() {
+    fenceline_e2e::test(async |lab| {
+        let gate = Gate::start().await?;
+        lab.operator_server = Gate::server();
+        lab.routed_mesh(&["v1", "v2"]).await?;
+        lab.router(REVIEWS, &only("v1")).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        let traffic = load(lab, lab.reviews().await?, 8, Duration::from_millis(10))?;
+        let istiod = |lab: &Lab, signal| {
+            let istiod = lab.control_plane.second_istiod.as_ref();
+            istiod.context("a second istiod")?.signal(signal)
+        };
+        istiod(lab, Signal::STOP)?;
+        gate.close_at(1, Closes::After);
+        lab.router(REVIEWS, &only("v2")).await?;
+        let write = gate.until_met(PATIENCE).await?;
+        anyhow::ensure!(write.kind == "destinationrules", "{write:?}");
+        lab.running_mut(SYSTEM, OPERATOR)?.app()?.kill().await?;
+        let status = lab.get_router(REVIEWS).await?.status.context("a status")?;
+        anyhow::ensure!(status.stage.as_deref() == Some("Stable"), "{status:?}");
+        gate.open();
+        lab.running_mut(SYSTEM, OPERATOR)?.start_app()?;
+        lab.operator_ready(OPERATOR).await?;
+        throughout(STOPPED, "nothing leads to v2", async || {
+            let routes = [
+                "-n",
+                "shop",
+                "get",
+                "virtualservice",
+                "fenceline-reviews",
+                "-o",
+                "yaml",
+            ];
+            let routes = lab.kubectl(&routes).await?;
+            anyhow::ensure!(!routes.contains("subset: main--v2"), "{routes}");
+            Ok(())
+        })
+        .await?;
+        istiod(lab, Signal::CONT)?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        until_answered_by(&traffic, "v2").await?;
         none_failed(&traffic.stop().await?)
     });
 }

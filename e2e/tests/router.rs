@@ -160,7 +160,6 @@ fn a_branch_by_header_and_by_caller_that_falls_back_to_the_base() {
             Ok(())
         })
         .await?;
-        // Its time is over: the label is still there, the branch is not.
         lab.version(REVIEWS, "v7", &[("branch", "box")]).await?;
         eventually(PATIENCE, "it is back", async || {
             let answered = answered_by(lab, client, header).await?;
@@ -168,6 +167,16 @@ fn a_branch_by_header_and_by_caller_that_falls_back_to_the_base() {
             Ok(())
         })
         .await?;
+        // By the caller alone, which nobody else's proxy is told.
+        let by_caller = BRANCHES.replace("{header: {name: x-branch, exact: box}}, ", "");
+        lab.router(REVIEWS, &by_caller).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        for (from, pod) in [(client, "reviews-v1"), (boxed, "reviews-v7")] {
+            anyhow::ensure!(answered_by(lab, from, header).await? == pod);
+        }
+        lab.router(REVIEWS, BRANCHES).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        // Its time is over: the label is still there, the branch is not.
         let timed = BRANCHES.replace("{v7: 1}, match", "{v7: 1}, ttl: 1s, match");
         lab.router(REVIEWS, &timed).await?;
         eventually(PATIENCE, "it went by itself", async || {
@@ -207,6 +216,7 @@ fn a_change_that_proxies_refuse_is_taken_back_and_said() {
         );
         let now = routes(lab).await?;
         anyhow::ensure!(now == good, "{now}, not {good}");
+        lab.until_event(REVIEWS, "Warning Refused").await?;
         lab.kubectl(&["-n", "shop", "delete", "trafficpatch", "wrong"])
             .await?;
         lab.until_router(REVIEWS, "Stable").await?;
@@ -244,17 +254,7 @@ fn two_teams_patches_on_one_service_and_somebody_elses_route() {
             lab.traffic_patch(("shop", name), &spec).await?;
         }
         for (name, _) in patches {
-            eventually(PATIENCE, "the patch is in force", async || {
-                let status = lab
-                    .get_traffic_patch(("shop", name))
-                    .await?
-                    .status
-                    .context("no status")?;
-                let stable = status.conditions.iter().any(|said| said.reason == "Stable");
-                anyhow::ensure!(stable, "{name}: {status:?}");
-                Ok(())
-            })
-            .await?;
+            lab.until_patch(("shop", name), "Stable").await?;
         }
         let connect = lab.resolve("shop", "reviews", 80).await?;
         let mut call = request(Protocol::Http1, "reviews.shop:80", connect);
@@ -297,9 +297,11 @@ fn two_teams_patches_on_one_service_and_somebody_elses_route() {
         .await?;
         let said = lab.until_router(ratings, "Conflicted").await?;
         anyhow::ensure!(said.contains("VirtualService shop/theirs"), "{said}");
+        lab.until_event(ratings, "Warning Conflicted").await?;
         lab.kubectl(&["-n", "shop", "delete", "virtualservice", "theirs"])
             .await?;
-        lab.until_router(ratings, "Stable").await.map(drop)
+        lab.until_router(ratings, "Stable").await?;
+        lab.until_event(ratings, "Normal NoConflict").await
     });
 }
 
