@@ -231,3 +231,55 @@ fn what_hides_ours_from_callers_or_delegates_is_said() {
         none_failed(&traffic.stop().await?)
     });
 }
+
+#[test]
+fn a_service_that_somebody_else_takes_over() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1", "v2"]).await?;
+        lab.router(REVIEWS, &versions("{v1: 1}")).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        let traffic = load(lab, lab.reviews().await?, 8, Duration::from_millis(10))?;
+        lab.apply(
+            "{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: theirs, namespace: shop}, \
+              spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews}}]}]}}",
+        )
+        .await?;
+        lab.until_router(REVIEWS, "Conflicted").await?;
+        // What was in force stays, and what is wanted now waits.
+        lab.router(REVIEWS, &versions("{v2: 1}")).await?;
+        lab.until_router(REVIEWS, "Conflicted").await?;
+        let names = [
+            "-n",
+            "shop",
+            "get",
+            "virtualservices,destinationrules",
+            "-o",
+            "name",
+        ];
+        let (ours, theirs) = (
+            "fenceline-reviews",
+            "virtualservice.networking.istio.io/theirs",
+        );
+        let all = lab.kubectl(&names).await?;
+        anyhow::ensure!(
+            all.matches(ours).count() == 2 && all.contains(theirs),
+            "{all}"
+        );
+        anyhow::ensure!(!traffic.tally().answered.contains_key("reviews-v2"));
+        // Without the Router it is theirs alone.
+        lab.kubectl(&["-n", "shop", "delete", "router", "reviews"])
+            .await?;
+        eventually(PATIENCE, "ours are gone", async || {
+            let left = lab.kubectl(&names).await?;
+            anyhow::ensure!(left.trim() == theirs, "{left}");
+            Ok(())
+        })
+        .await?;
+        eventually(PATIENCE, "theirs is in force", async || {
+            anyhow::ensure!(traffic.tally().answered.contains_key("reviews-v2"));
+            Ok(())
+        })
+        .await?;
+        none_failed(&traffic.stop().await?)
+    });
+}

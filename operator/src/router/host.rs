@@ -163,7 +163,9 @@ impl Hosts {
     }
 
     async fn carry_out(&self, gathered: &Gathered<'_>, target: &Target, world: &World) -> Standing {
-        if !gathered.conflicts.is_empty() {
+        // What nobody wants any more goes, whoever else is there.
+        let wanted = target.rule.is_some() || target.routes.is_some();
+        if wanted && !gathered.conflicts.is_empty() {
             return Standing::Conflicted(gathered.conflicts.clone());
         }
         if let Some(router) = &gathered.router {
