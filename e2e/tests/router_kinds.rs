@@ -7,7 +7,7 @@ use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::Name;
 use fenceline_e2e::routers::none_failed;
 use fenceline_e2e::traffic::{Target, Traffic};
-use fenceline_e2e::wait::eventually;
+use fenceline_e2e::wait::{eventually, throughout};
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 
 const DB: Name<'_> = ("shop", "db");
@@ -130,8 +130,8 @@ fn a_router_makes_its_service_which_goes_with_it() {
         .await?;
         lab.until_unrouted("shop").await?;
 
-        // Somebody else's of this name stays as it is.
-        lab.service("shop", "ratings", &["http:7000"]).await?;
+        // Somebody else's of this name stays as it is, even if it says the same.
+        lab.service("shop", "ratings", &["http:80"]).await?;
         let version = ["-n", "shop", "get", "service", "ratings", "-o", "yaml"];
         let theirs = lab.kubectl(&version).await?;
         lab.router(RATINGS, &made("[{port: 80}]")).await?;
@@ -139,6 +139,12 @@ fn a_router_makes_its_service_which_goes_with_it() {
         println!("{said}");
         anyhow::ensure!(said.contains("Service shop/ratings"), "{said}");
         lab.until_event(RATINGS, "Warning Conflicted").await?;
+        throughout(Duration::from_secs(2), "it stays so", async || {
+            let status = lab.get_router(RATINGS).await?.status.context("a status")?;
+            anyhow::ensure!(status.stage.as_deref() == Some("Conflicted"), "{status:?}");
+            Ok(())
+        })
+        .await?;
         anyhow::ensure!(lab.kubectl(&version).await? == theirs, "it was touched");
         let rules = lab
             .kubectl(&["-n", "shop", "get", "destinationrules", "-o", "name"])

@@ -249,7 +249,7 @@ fn event(old: &[Condition], new: &[Condition]) -> Option<(bool, &'static str, St
 }
 
 const REFUSED: &str = "Refused";
-const CONFLICTED: &str = "Conflicted";
+pub(super) const CONFLICTED: &str = "Conflicted";
 const NO_CONFLICT: &str = "NoConflict";
 const INVALID: &str = "Invalid";
 

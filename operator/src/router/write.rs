@@ -1,6 +1,6 @@
 //! The objects of a service: what is stored, and what is written with it for whoever leads next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use fenceline_crds::istio::{
@@ -18,9 +18,10 @@ use super::follow::Followed;
 use super::gather::Gathered;
 use super::host::OnTheWay;
 use super::plan::{Target, short_hash};
+use super::report::CONFLICTED;
 use super::{Context, expect};
 use crate::apply::{self, MANAGED_BY, MANAGER, Owned, SERVICE_LABEL};
-use crate::world::{Key, World};
+use crate::world::{Key, ServiceFacts, World};
 
 /// What was in force before, as JSON: it is put back if what replaced it is refused.
 const LAST_GOOD: &str = "fenceline.dev/last-good";
@@ -323,20 +324,20 @@ pub(super) async fn ensure_service(
             })
         })
         .collect();
-    // What is there already is compared by what it means, once this Router's newest spec was carried out.
-    let seen = router
-        .status
-        .as_ref()
-        .and_then(|status| status.observed_generation);
-    let has = seen == router.metadata.generation
-        && world.services.get(&key).is_some_and(|facts| {
-            let known = facts.http_ports.iter().chain(&facts.other_ports);
-            let wanted_ports = wanted.ports.iter().map(|port| port.port);
-            facts.selector == wanted.selector
-                && known.copied().collect::<std::collections::BTreeSet<_>>()
-                    == wanted_ports.collect()
-        });
-    if has {
+    // What is there already is compared by what it means, once this Router's newest spec was carried out: until then it may be
+    // somebody else's, or differ in what is not looked at here.
+    let carried_out = router.status.as_ref().is_some_and(|status| {
+        let mut conditions = status.conditions.iter();
+        status.observed_generation == router.metadata.generation
+            && !conditions.any(|one| one.type_ == CONFLICTED && one.status == "True")
+    });
+    let is_as_wanted = |facts: &Arc<ServiceFacts>| {
+        let known = facts.http_ports.iter().chain(&facts.other_ports);
+        let wanted_ports = wanted.ports.iter().map(|port| port.port);
+        facts.selector == wanted.selector
+            && known.copied().collect::<BTreeSet<_>>() == wanted_ports.collect()
+    };
+    if carried_out && world.services.get(&key).is_some_and(is_as_wanted) {
         return Ok(());
     }
     let service: Result<Service, _> = serde_json::from_value(json!({
