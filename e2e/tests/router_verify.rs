@@ -6,7 +6,7 @@ use anyhow::Context;
 use fenceline_e2e::lab::MESH_CONFIG;
 use fenceline_e2e::routers::{REVIEWS, load, none_failed};
 use fenceline_e2e::traffic::Traffic;
-use fenceline_e2e::wait::eventually;
+use fenceline_e2e::wait::{eventually, throughout};
 use fenceline_e2e::{Lab, PATIENCE};
 
 fn only(version: &str, verify: &str) -> String {
@@ -72,6 +72,56 @@ fn by_waiting_where_istiod_does_not_say_what_its_proxies_have() {
         );
         lab.until_router(REVIEWS, "Stable").await?;
         there_and_back(lab, &traffic, "Proxies").await?;
+        none_failed(&traffic.stop().await?)
+    });
+}
+
+/// One that lost its istiod gets everything at once from the next, and would have routes before the clusters are ready.
+#[test]
+fn a_proxy_that_is_connected_to_no_istiod_is_waited_for() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1", "v2"]).await?;
+        lab.router(REVIEWS, &only("v1", "Proxies")).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        let traffic = load(lab, lab.reviews().await?, 12, Duration::from_millis(5))?;
+        let second = lab.control_plane.second_istiod.as_mut();
+        second.context("a second istiod")?.kill().await?;
+        let gone = [
+            "-n",
+            "istio-system",
+            "delete",
+            "pod",
+            "istiod-1",
+            "--force",
+            "--grace-period=0",
+        ];
+        lab.kubectl(&gone).await?;
+        lab.router(REVIEWS, &only("v2", "Proxies")).await?;
+        throughout(Duration::from_secs(5), "nothing leads to v2", async || {
+            let routes = [
+                "-n",
+                "shop",
+                "get",
+                "virtualservice",
+                "fenceline-reviews",
+                "-o",
+                "yaml",
+            ];
+            let routes = lab.kubectl(&routes).await?;
+            anyhow::ensure!(!routes.contains("subset: main--v2"), "{routes}");
+            Ok(())
+        })
+        .await?;
+        let status = lab.get_router(REVIEWS).await?.status.context("a status")?;
+        let said = status.conditions.iter().find(|said| said.type_ == "Ready");
+        let said = &said.context("Ready")?.message;
+        println!("{said}");
+        anyhow::ensure!(
+            said.contains("connected to no istiod: shop/client-b"),
+            "{said}"
+        );
+        lab.start_second_istiod().await?;
+        lab.until_router(REVIEWS, "Stable").await?;
         none_failed(&traffic.stop().await?)
     });
 }

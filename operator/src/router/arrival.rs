@@ -1,6 +1,6 @@
 //! Whether a step of a change has arrived: at every istiod, and at every proxy that has the host in scope.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::istiod::{Istiods, Kind, ProxyState, Push, Wanted};
 use crate::fence::select::{matches, sidecars_in};
-use crate::world::{Key, PodFacts, World};
+use crate::world::{Key, PodFacts, Proxy, World};
 
 /// How often is asked, at first; then more and more rarely.
 const ASK: Duration = Duration::from_millis(50);
@@ -22,6 +22,9 @@ const UNCONCERNED: Duration = Duration::from_secs(10);
 const REACHABLE: Duration = Duration::from_secs(5);
 /// Proxies take what istiod has sent within moments; where they are not asked, so long is allowed.
 const TAKEN_IN: Duration = Duration::from_secs(1);
+/// A proxy that is connected to no istiod looks for another, and gets everything at once from that: it is waited for so long.
+/// (Envoy's longest pause between two attempts)
+const BETWEEN: Duration = Duration::from_secs(30);
 /// How many proxies a message names.
 const NAMED: usize = 5;
 
@@ -133,6 +136,9 @@ impl Follow {
             return self.after(change.delay(), "no istiod is known");
         }
         let mut waits = Vec::new();
+        let mut connected = HashSet::new();
+        let mut all_answer = true;
+        let root = &istiods.access().istio_namespace;
         for (address, subscriber) in subscribers {
             subscriber.expect(&expectation.wanted);
             let Some(push) = subscriber.since(&expectation.wanted) else {
@@ -155,6 +161,7 @@ impl Follow {
             }
             match istiods.proxies(address).await {
                 Err(why) => {
+                    all_answer = false;
                     if sent.elapsed() < change.delay() {
                         waits.push(format!(
                             "proxies cannot be asked: {why}; {:?} are waited",
@@ -163,7 +170,7 @@ impl Follow {
                     }
                 }
                 Ok(proxies) => {
-                    let root = &istiods.access().istio_namespace;
+                    connected.extend(proxies.iter().filter_map(ProxyState::pod));
                     let concerned = concerned(world, root, &proxies, expectation);
                     match judge(&concerned, expectation, push, sent) {
                         Look::Arrived => {}
@@ -171,6 +178,17 @@ impl Follow {
                         refused @ Look::Refused(_) => return refused,
                     }
                 }
+            }
+        }
+        let asked = change.verify == Verify::Proxies && all_answer && waits.is_empty();
+        if asked && self.started.elapsed() < BETWEEN {
+            let between = between(world, root, &connected, expectation);
+            if !between.is_empty() {
+                waits.push(format!(
+                    "{} proxies are connected to no istiod: {}",
+                    between.len(),
+                    few(&between)
+                ));
             }
         }
         if waits.is_empty() {
@@ -214,22 +232,20 @@ fn judge(concerned: &[&ProxyState], expectation: &Expectation, push: Push, sent:
         }
     }
     if !refused.is_empty() {
-        let few: Vec<String> = refused.iter().take(NAMED).cloned().collect();
         return Look::Refused(format!(
             "{} proxies refused it: {}",
             refused.len(),
-            few.join("; ")
+            few(&refused)
         ));
     }
     if waiting.is_empty() {
         return Look::Arrived;
     }
-    let few: Vec<String> = waiting.iter().take(NAMED).cloned().collect();
     Look::Waits(format!(
         "{} of {} proxies have not got it: {}",
         waiting.len(),
         concerned.len(),
-        few.join(", ")
+        few(&waiting)
     ))
 }
 
@@ -241,24 +257,51 @@ fn concerned<'a>(
     expectation: &Expectation,
 ) -> Vec<&'a ProxyState> {
     let has = |proxy: &&ProxyState| {
-        let Some((name, namespace)) = proxy.id.rsplit_once('.') else {
+        let Some(key) = proxy.pod() else {
             return false;
         };
         // The views of operators are no pods, and one that is gone waits for nothing.
-        let Some(pod) = world.pods.get(&Key::new(namespace, name)) else {
+        let Some(pod) = world.pods.get(&key) else {
             return false;
         };
         pod.runs
             && proxy.proxy_type != "router"
-            && is_in_scope(
-                world,
-                root,
-                (namespace, pod),
-                &expectation.service,
-                &expectation.fqdn,
-            )
+            && has_in_scope(world, root, &key, pod, expectation)
     };
     proxies.iter().filter(has).collect()
+}
+
+/// The proxies that have the host in scope, and are connected to none of the istiods that answered.
+fn between(
+    world: &World,
+    root: &str,
+    connected: &HashSet<Key>,
+    expectation: &Expectation,
+) -> Vec<String> {
+    let pods = world.pods.iter().filter(|(key, pod)| {
+        pod.runs
+            && pod.ready
+            && pod.proxy == Proxy::Sidecar
+            && !connected.contains(*key)
+            && has_in_scope(world, root, key, pod, expectation)
+    });
+    pods.map(|(key, _)| key.to_string()).collect()
+}
+
+fn has_in_scope(
+    world: &World,
+    root: &str,
+    key: &Key,
+    pod: &PodFacts,
+    expectation: &Expectation,
+) -> bool {
+    let Expectation { service, fqdn, .. } = expectation;
+    is_in_scope(world, root, (&key.namespace, pod), service, fqdn)
+}
+
+/// The first of many names.
+fn few(names: &[String]) -> String {
+    names[..names.len().min(NAMED)].join(", ")
 }
 
 /// Whether a pod's proxy has a Service in scope: by the Sidecar for it, for its namespace, or for the mesh.
@@ -315,6 +358,43 @@ fn includes(host: &str, namespace: &str, service: &Key, fqdn: &str) -> bool {
 mod tests {
     use super::*;
     use crate::testing::{foreign_sidecar, pod, service, world};
+
+    #[test]
+    fn who_is_connected_to_no_istiod() {
+        let mut mesh = world();
+        service(&mut mesh, "bank", "vault", "{}");
+        pod(&mut mesh, "shop", "cart", "10.1.0.1");
+        pod(&mut mesh, "shop", "front", "10.1.0.2");
+        foreign_sidecar(
+            &mut mesh,
+            "shop",
+            "front",
+            "{workloadSelector: {labels: {app: front}}, egress: [{hosts: ['./*']}]}",
+        );
+        let vault = Expectation {
+            service: Key::new("bank", "vault"),
+            fqdn: "vault.bank.svc.cluster.local".into(),
+            wanted: Vec::new(),
+        };
+        let absent = |connected: &[&str], mesh: &World| {
+            let connected = connected.iter().map(|name| Key::new("shop", *name));
+            between(mesh, "istio-system", &connected.collect(), &vault)
+        };
+        assert_eq!(
+            absent(&[], &mesh),
+            ["shop/cart"],
+            "the other has it not in scope"
+        );
+        assert!(absent(&["cart"], &mesh).is_empty());
+        let cart = Key::new("shop", "cart");
+        let mut unready = mesh.pods[&cart].as_ref().clone();
+        unready.ready = false;
+        mesh.set_pod(&cart, Some(unready));
+        assert!(
+            absent(&[], &mesh).is_empty(),
+            "one that begins gets everything at once anyway"
+        );
+    }
 
     #[test]
     fn who_has_a_service_in_scope() {

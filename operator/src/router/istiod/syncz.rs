@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{Access, Kind, Push, push_of};
+use crate::world::Key;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -42,6 +43,12 @@ struct Resource {
 }
 
 impl ProxyState {
+    /// The pod that it is of.
+    pub fn pod(&self) -> Option<Key> {
+        let (name, namespace) = self.id.rsplit_once('.')?;
+        Some(Key::new(namespace, name))
+    }
+
     /// The last push whose resources of a kind it has acknowledged, if it has all that it was sent.
     pub fn acknowledged(&self, kind: Kind) -> Option<Push> {
         let resource = self.resources.get(kind.type_url())?;
