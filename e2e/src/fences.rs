@@ -88,6 +88,15 @@ impl Lab {
         Ok(api.get_opt(&format!("fenceline-{}", fence.1)).await?)
     }
 
+    /// What all redirects have in common.
+    ///
+    /// # Errors
+    /// Fails when the API does not answer.
+    pub async fn mesh_redirect(&self) -> anyhow::Result<Option<EnvoyFilter>> {
+        let api: Api<EnvoyFilter> = Api::namespaced(self.client.clone(), "istio-system");
+        Ok(api.get_opt("fenceline").await?)
+    }
+
     /// The hosts that the fence's Sidecar gives routes.
     ///
     /// # Errors

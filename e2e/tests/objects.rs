@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use fenceline_e2e::install::OPERATOR;
 use fenceline_e2e::{Lab, PATIENCE, wait::eventually};
@@ -130,6 +131,11 @@ fn what_was_changed_by_hand_is_put_back_within_a_second() {
         lab.until_quiet(OPERATOR, Duration::from_secs(1)).await?;
         let sidecar = lab.sidecar(CART).await?.map(|object| object.spec);
         let redirect = lab.redirect(CART).await?.map(|object| object.spec);
+        let common = lab.mesh_redirect().await?.map(|object| object.spec);
+        anyhow::ensure!(
+            common.is_some(),
+            "nothing that all redirects have in common"
+        );
         let restored = async |lab: &Lab, what: &str| -> anyhow::Result<()> {
             let start = Instant::now();
             eventually(PATIENCE, what, async || {
@@ -137,6 +143,8 @@ fn what_was_changed_by_hand_is_put_back_within_a_second() {
                 anyhow::ensure!(is == sidecar, "{is:?}");
                 let is = lab.redirect(CART).await?.map(|object| object.spec);
                 anyhow::ensure!(is == redirect, "{is:?}");
+                let is = lab.mesh_redirect().await?.map(|object| object.spec);
+                anyhow::ensure!(is == common, "{is:?}");
                 Ok(())
             })
             .await?;
@@ -165,14 +173,43 @@ fn what_was_changed_by_hand_is_put_back_within_a_second() {
             .await?;
         restored(lab, "a deleted Sidecar").await?;
         let none = json!({"spec": {"configPatches": []}});
-        filters
-            .patch("fenceline-cart", &by_hand, &Patch::Merge(none))
-            .await?;
-        restored(lab, "an emptied redirect").await?;
-        filters
-            .delete("fenceline-cart", &DeleteParams::default())
-            .await?;
-        restored(lab, "a deleted redirect").await
+        let everywhere: Api<EnvoyFilter> = Api::namespaced(lab.client.clone(), "istio-system");
+        for (filters, name) in [(filters, "fenceline-cart"), (everywhere, "fenceline")] {
+            filters.patch(name, &by_hand, &Patch::Merge(&none)).await?;
+            restored(lab, &format!("{name}, emptied")).await?;
+            filters.delete(name, &DeleteParams::default()).await?;
+            restored(lab, &format!("{name}, deleted")).await?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_namespace_that_comes_changes_one_object() {
+    fenceline_e2e::test(async |lab| {
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.service("shop", "cart", &["http:80"]).await?;
+        lab.fence(CART, "{}").await?;
+        lab.until_reason(CART, "Enforced").await?;
+        lab.until_quiet(OPERATOR, Duration::from_secs(1)).await?;
+        let (before, redirect) = (lab.writes(OPERATOR).await?, lab.redirect(CART).await?);
+        lab.namespace("late").await?;
+        eventually(PATIENCE, "the redirect has it", async || {
+            let common = lab.mesh_redirect().await?.context("gone")?;
+            let patches = serde_json::to_string(&common.spec)?;
+            anyhow::ensure!(patches.contains("late"), "{patches}");
+            Ok(())
+        })
+        .await?;
+        lab.until_quiet(OPERATOR, Duration::from_secs(1)).await?;
+        let writes = lab.writes(OPERATOR).await? - before;
+        anyhow::ensure!(writes < 1.5, "{writes} writes");
+        anyhow::ensure!(
+            lab.redirect(CART).await? == redirect,
+            "the fence's own changed"
+        );
+        Ok(())
     });
 }
 
@@ -181,6 +218,24 @@ fn somebody_elses_sidecar_is_never_touched() {
     fenceline_e2e::test(async |lab| {
         lab.install().await?;
         lab.namespace("shop").await?;
+        // What all redirects have in common is not there, and its name is taken.
+        let theirs = "{apiVersion: networking.istio.io/v1alpha3, kind: EnvoyFilter,
+                       metadata: {name: fenceline, namespace: istio-system}, spec: {configPatches: []}}";
+        lab.apply(theirs).await?;
+        lab.service("shop", "vase", &["http:80"]).await?;
+        let vase = ("shop", "vase");
+        lab.fence(vase, "{}").await?;
+        let message = lab.until_reason(vase, "NameTaken").await?;
+        anyhow::ensure!(
+            message.contains("EnvoyFilter istio-system/fenceline"),
+            "{message}"
+        );
+        anyhow::ensure!(
+            lab.sidecar(vase).await?.is_none(),
+            "a scope without a redirect"
+        );
+        lab.kubectl(&["-n", "istio-system", "delete", "envoyfilter", "fenceline"])
+            .await?;
         lab.service("shop", "cart", &["http:80"]).await?;
         lab.fence(CART, "{}").await?;
         selected(lab, json!({"app": "cart"})).await?;

@@ -171,6 +171,18 @@ fn a_whole_namespace_and_pods_without_a_service() {
         lab.held_call(("empty", "first"), Protocol::Http1, "ledger.bank:80")
             .await?;
 
+        // Its own fence wants something else of first calls than the namespace's: its own counts.
+        lab.workload(("empty", "second"), &[80]).await?;
+        let forward = "{firstCall: {policy: Forward}}";
+        lab.fence(("empty", "second"), forward).await?;
+        lab.until_reason(("empty", "second"), "Enforced").await?;
+        let gone = "ledger.bank.svc.cluster.local";
+        lab.until_forgotten(("empty", "second"), gone).await?;
+        lab.forwarded_call(("empty", "second"), Protocol::Http1, "ledger.bank:80")
+            .await?;
+        lab.kubectl(&["-n", "empty", "delete", "servicefence", "second"])
+            .await?;
+
         // A job: no Service, and yet a fence.
         lab.pod(PodSpec::new("bank", "job")).await?;
         let workloads = "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: bank}}, granularity: Workload, \

@@ -1,6 +1,5 @@
 //! The controller of fences: gather (the world), plan, apply, status. Learning feeds it through the fences' own status.
 
-mod alternatives;
 pub mod arrival;
 pub mod conflict;
 pub mod explain;
@@ -14,6 +13,7 @@ pub mod retain;
 mod said;
 mod scope;
 pub mod select;
+mod settings;
 pub mod stage;
 mod write;
 
@@ -38,14 +38,15 @@ use crate::fence::arrival::Arrivals;
 use crate::fence::learn::Learner;
 use crate::fence::plan::{Plan, Verdict, plan};
 use crate::fence::queue::Queue;
+pub use crate::fence::settings::Settings;
 pub use crate::fence::write::RecentObjects;
-use crate::fence::write::{Progress, carry_out, prune};
+use crate::fence::write::{Progress, any_redirect, carry_out, ensure_mesh_redirect, prune};
 use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
 use crate::policy::plan::made_by_policy;
 use crate::status::{self, StatusWriter};
 use crate::world::feed::Concerned;
-use crate::world::{Host, Key, World};
+use crate::world::{Key, World};
 
 /// What was missed is healed this often.
 const RESYNC: Duration = Duration::from_secs(600);
@@ -61,78 +62,29 @@ const SEEN_BY_NOW: Duration = Duration::from_secs(3);
 /// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
-/// How long what a former fence left waits for its next attempt.
-const PRUNE_AGAIN: Duration = Duration::from_secs(2);
+/// How long what is no fence's waits for its next attempt: what a former one left, what all have in common.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// How many fences are worked on side by side.
 const CONCURRENCY: u16 = 32;
 
-/// What the planner must know of the installation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// The global proxy's Service.
-    pub global_proxy: Key,
-    /// Its port for calls that may be held.
-    pub ask_port: u16,
-    /// Its port for calls to be passed on.
-    pub forward_port: u16,
-    /// The operator's own Service.
-    pub operator: Key,
-    /// Its port for the access logs of callers.
-    pub callers_port: u16,
-    pub cluster_domain: String,
-    pub trust_domain: String,
-    /// Istio's root namespace, whose policies apply to the whole mesh.
-    pub root_namespace: String,
-    /// The ConfigMap with MeshConfig.
-    pub mesh_config: Key,
-}
-
-/// What an installation has that changes nothing.
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            global_proxy: Key::new("fenceline-system", "global-proxy"),
-            ask_port: 15080,
-            forward_port: 15088,
-            operator: Key::new("fenceline-system", "fenceline"),
-            callers_port: 18101,
-            cluster_domain: "cluster.local".into(),
-            trust_domain: "cluster.local".into(),
-            root_namespace: "istio-system".into(),
-            mesh_config: Key::new("istio-system", "istio"),
-        }
-    }
-}
-
-impl Settings {
-    pub fn global_proxy_host(&self) -> String {
-        self.global_proxy().fqdn.to_string()
-    }
-
-    fn operator(&self) -> Host {
-        self.host(&self.operator)
-    }
-
-    fn global_proxy(&self) -> Host {
-        self.host(&self.global_proxy)
-    }
-
-    fn host(&self, service: &Key) -> Host {
-        let Key { namespace, name } = service;
-        let fqdn = format!("{name}.{namespace}.svc.{}", self.cluster_domain);
-        Host::new(&**namespace, fqdn)
+/// The labels of what is ours, and some more.
+fn labelled<const N: usize>(more: [(&str, String); N]) -> ObjectMeta {
+    let ours = [(MANAGED_BY, MANAGER.to_owned())];
+    let labels = ours.into_iter().chain(more);
+    ObjectMeta {
+        labels: Some(
+            labels
+                .map(|(label, value)| (label.to_owned(), value))
+                .collect(),
+        ),
+        ..ObjectMeta::default()
     }
 }
 
 /// The labels and the owners of a fence's objects. Of two owners the garbage collector waits for both: when the fence goes,
 /// Fenceline takes its objects away in steps, and when the whole kind goes, with Fenceline, they go too.
 fn owned(fence: &ServiceFence, world: &World) -> ObjectMeta {
-    let labels = [
-        (MANAGED_BY.to_owned(), MANAGER.to_owned()),
-        (FENCE_LABEL.to_owned(), fence.name_any()),
-    ];
     ObjectMeta {
-        labels: Some(labels.into()),
         owner_references: Some(
             fence
                 .controller_owner_ref(&())
@@ -140,7 +92,7 @@ fn owned(fence: &ServiceFence, world: &World) -> ObjectMeta {
                 .chain(world.definition.clone())
                 .collect(),
         ),
-        ..ObjectMeta::default()
+        ..labelled([(FENCE_LABEL, fence.name_any())])
     }
 }
 
@@ -184,8 +136,9 @@ pub async fn run(
         ..Concerned::default()
     };
     enqueue(&context, &everything, &queue);
-    let gone = Notify::new();
+    let (gone, redirect) = (Notify::new(), Notify::new());
     gone.notify_one();
+    redirect.notify_one();
     let feed = async {
         loop {
             let concerned = tokio::select! {
@@ -199,14 +152,26 @@ pub async fn run(
             if enqueue(&context, &concerned, &queue) == Fences::Gone || concerned.all {
                 gone.notify_one();
             }
+            if concerned.redirect || concerned.all {
+                redirect.notify_one();
+            }
         }
     };
     let pruning = async {
         loop {
             gone.notified().await;
             if !prune(&context).await {
-                tokio::time::sleep(PRUNE_AGAIN).await;
+                tokio::time::sleep(TRY_AGAIN).await;
                 gone.notify_one();
+            }
+        }
+    };
+    let redirecting = async {
+        loop {
+            redirect.notified().await;
+            if !keep_mesh_redirect(&context).await {
+                tokio::time::sleep(TRY_AGAIN).await;
+                redirect.notify_one();
             }
         }
     };
@@ -214,7 +179,22 @@ pub async fn run(
         fence.iter().for_each(|fence| queue.done(fence));
         std::future::ready(())
     });
-    tokio::join!(feed, pruning, work);
+    tokio::join!(feed, pruning, redirecting, work);
+}
+
+/// Keeps what all redirects have in common as it should be, where there are any; says whether it is.
+async fn keep_mesh_redirect(context: &Context) -> bool {
+    if !any_redirect(&context.world.borrow()) {
+        return true;
+    }
+    match ensure_mesh_redirect(context).await {
+        Ok(()) => true,
+        Err(error) => {
+            let error = crate::chain(&error);
+            tracing::warn!(error, "what all redirects have in common");
+            false
+        }
+    }
 }
 
 /// Each fence that was worked on, or is gone.

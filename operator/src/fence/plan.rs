@@ -10,7 +10,7 @@ use kube::api::ObjectMeta;
 
 use super::conflict::{Outside, foreign_sidecars, senior_fences};
 use super::explain::Why;
-use super::redirect::redirect;
+use super::redirect;
 use super::scope::scope;
 use super::select::{self, Labels, NoPods, is_of_namespace};
 use super::stage::EVERYTHING;
@@ -118,9 +118,11 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
                     }))
                 }
                 None => Verdict::Enforce(Box::new(Objects {
-                    redirect: redirect(fence, &labels, world, settings).map(|spec| EnvoyFilter {
-                        metadata: metadata(fence, world),
-                        spec,
+                    redirect: redirect::of_fence(fence, &labels, world, settings).map(|spec| {
+                        EnvoyFilter {
+                            metadata: metadata(fence, world),
+                            spec,
+                        }
                     }),
                     sidecar: Sidecar {
                         metadata: metadata(fence, world),

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 
 use super::plan::{Objects, Plan, Verdict, plan};
+use super::redirect;
 use super::select::NoPods;
 use crate::testing::{
     fence, foreign_sidecar, load, pod, service, service_entry, settings, virtual_service, world,
@@ -64,8 +65,9 @@ fn examples_say_what_is_written() {
         ("reviews", vec!["ratings"]),
     ];
     let mut want =
-        "# What Fenceline writes for fences.yaml once the calls were made. Compared by a test.\n"
+        "# What Fenceline writes for fences.yaml once the calls were made. Compared by a test.\n---\n"
             .to_owned();
+    want.push_str(&serde_yaml::to_string(&redirect::of_mesh(&mesh, &settings())).unwrap());
     for (key, fence) in mesh.fences.clone() {
         let called = calls.iter().find(|(caller, _)| *caller == key.name);
         let called: Vec<String> = called

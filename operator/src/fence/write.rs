@@ -1,5 +1,5 @@
-//! What is written for a fence, in which order. Adding: the redirect first, since until the Sidecar narrows the scope it
-//! catches nothing, and from then on every call out of scope needs it. Taking away: the Sidecar first, for the same reason.
+//! What is written for a fence, in which order. Adding: the redirect first, with what all redirects have in common before
+//! it, since until the Sidecar narrows the scope it catches nothing, and from then on every call out of scope needs it. Taking away: the Sidecar first, for the same reason.
 //! A Sidecar comes, changes and goes in steps ([`super::stage`]).
 
 use std::collections::{BTreeSet, HashMap};
@@ -14,7 +14,7 @@ use kube::api::ObjectMeta;
 use super::plan::{Objects, Verdict, object_key};
 use super::select::{self, Labels};
 use super::stage;
-use super::{CONCURRENCY, Context, Error};
+use super::{CONCURRENCY, Context, Error, redirect};
 use crate::apply::{self, Owned};
 use crate::status::is_newer;
 use crate::world::feed::fence_of;
@@ -70,6 +70,8 @@ impl<K: Resource> Recent<K> {
 pub struct RecentObjects {
     sidecars: Recent<Sidecar>,
     redirects: Recent<EnvoyFilter>,
+    /// Held while what all redirects have in common is written: thousands of fences may want it at once.
+    mesh: tokio::sync::Mutex<()>,
 }
 
 impl RecentObjects {
@@ -135,14 +137,9 @@ async fn enforce(
     }
     let redirect = context.recent.redirect(world, &object);
     let redirect = redirect.as_deref();
-    if let Some(want) = &objects.redirect
-        && let Some(written) = context.writer.ensure::<EnvoyFilter>(want, redirect).await?
-    {
-        // The patches of what was wanted are shared by all fences; those of the answer are one more copy.
-        let EnvoyFilter { metadata, .. } = written;
-        let spec = want.spec.clone();
-        let written = EnvoyFilter { metadata, spec };
-        context.recent.redirects.wrote(&object, written);
+    if let Some(want) = &objects.redirect {
+        ensure_mesh_redirect(context).await?;
+        ensure_redirect(&object, want, redirect, context).await?;
     }
     let arrived = context.arrivals.arrived(fence, &labels, world);
     let before = stored.as_deref().or_else(|| ground(fence, &labels, world));
@@ -158,6 +155,39 @@ async fn enforce(
     } else {
         Progress::LookAgain
     })
+}
+
+/// Whether a fence has a redirect, which then needs what all have in common.
+pub(super) fn any_redirect(world: &World) -> bool {
+    let mut redirects = world.envoy_filters.values();
+    redirects.any(|redirect| fence_of(redirect.as_ref()).is_some())
+}
+
+/// Makes what all redirects have in common be there. It is never taken away: without marks nothing comes of it.
+pub(super) async fn ensure_mesh_redirect(context: &Context) -> Result<(), Error> {
+    let _alone = context.recent.mesh.lock().await;
+    // Not the world that a fence was planned with, which may be older than what was written since.
+    let world = Arc::clone(&context.world.borrow());
+    let key = redirect::mesh_key(&context.settings);
+    let want = redirect::of_mesh(&world, &context.settings);
+    let stored = context.recent.redirect(&world, &key);
+    ensure_redirect(&key, &want, stored.as_deref(), context).await
+}
+
+async fn ensure_redirect(
+    key: &Key,
+    want: &EnvoyFilter,
+    stored: Option<&EnvoyFilter>,
+    context: &Context,
+) -> Result<(), Error> {
+    if let Some(written) = context.writer.ensure::<EnvoyFilter>(want, stored).await? {
+        // The patches of what was wanted are shared by all fences; those of the answer are one more copy.
+        let EnvoyFilter { metadata, .. } = written;
+        let spec = want.spec.clone();
+        let written = EnvoyFilter { metadata, spec };
+        context.recent.redirects.wrote(key, written);
+    }
+    Ok(())
 }
 
 fn is_of(sidecar: &Sidecar, fence: &Key) -> bool {

@@ -29,11 +29,11 @@ use super::peer::Door;
 use crate::clock::Clock;
 use crate::fence::Settings;
 use crate::fence::learn::Learner;
-use crate::fence::redirect::{FORWARD, MARK, PASS};
+use crate::fence::redirect::{FORWARD, PASS, REPLY};
 use crate::metrics::{Metrics, outcome};
 use crate::world::World;
 
-/// By which the global proxy's routes know what we want done with a gRPC call: `replay`, or a value for [`MARK`].
+/// By which the global proxy's routes know what we want done with a gRPC call: `replay`, or a value for [`REPLY`].
 pub const ANSWER: &str = "x-fenceline-answer";
 const REPLAY: &str = "replay";
 const REASON: &str = "x-fenceline-reason";
@@ -183,7 +183,7 @@ impl ExtAuthz {
         let latest = now.saturating_add(whole);
         // An application may pass a mark on with a call of its own, where it means nothing.
         let journey = journey(question, hold);
-        let mark = question.header(MARK).and_then(Attempt::parse);
+        let mark = question.header(REPLY).and_then(Attempt::parse);
         let mark = mark.filter(|mark| mark.journey == journey);
         let known = mark.or_else(|| self.holder.answered(journey));
         let Attempt { number, until, .. } = known.unwrap_or(Attempt {
@@ -275,7 +275,7 @@ fn redirect(question: &Question<'_>, mark: Option<&str>) -> CheckResponse {
         .set_http_status(HttpStatusCode::TemporaryRedirect)
         .add_header("location", question.location(), None, false);
     if let Some(mark) = mark {
-        denied.add_header(MARK, mark, None, false);
+        denied.add_header(REPLY, mark, None, false);
     }
     respond(Status::permission_denied("try again"), denied)
 }

@@ -54,11 +54,13 @@ impl Change {
     }
 }
 
-/// Which fences a change concerns.
+/// What a change concerns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Concerned {
     pub all: bool,
     /// All of these namespaces.
     pub namespaces: BTreeSet<String>,
     pub fences: BTreeSet<Key>,
+    /// What all redirects have in common.
+    pub redirect: bool,
 }

@@ -38,8 +38,6 @@ pub(super) const BACKLOG: usize = 4096;
 /// How many objects are listed at a time: what is not kept of them takes memory meanwhile, and each page takes kube-apiserver
 /// a tenth of a second where nothing changes.
 const PAGE: u32 = 500;
-/// Of large objects, of which little is kept.
-const SMALL_PAGE: u32 = 100;
 
 /// The kinds that are watched, by the names that metrics and readiness use.
 pub const KINDS: [&str; 18] = [
@@ -94,7 +92,6 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
 
     let all = watcher::Config::default().page_size(PAGE);
     let ours = all.clone().labels(&format!("{MANAGED_BY}={MANAGER}"));
-    let large = ours.clone().page_size(SMALL_PAGE);
     let watches = Watches {
         client: client.clone(),
         changes,
@@ -158,7 +155,7 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
     watches.watch(&all, |key, object: Option<Sidecar>| {
         Change::Sidecar(key, object.map(Box::new))
     });
-    watches.watch(&large, |key, object: Option<EnvoyFilter>| {
+    watches.watch(&ours, |key, object: Option<EnvoyFilter>| {
         Change::EnvoyFilter(key, object.map(Box::new))
     });
     watches.watch(&all, |key, object: Option<ServiceFence>| {

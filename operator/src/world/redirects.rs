@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fenceline_crds::istio::Patches;
-use fenceline_crds::{FirstCallPolicy, NonHttp};
 
 use super::World;
 use crate::fence::Settings;
+use crate::fence::redirect::Purpose;
 
 /// How many different ones of the watch are kept for comparison.
 const SEEN: usize = 8;
@@ -20,7 +20,7 @@ pub(super) struct Redirects(Arc<Mutex<Known>>);
 struct Known {
     /// What the made ones are made from.
     from: Option<Basis>,
-    made: HashMap<(FirstCallPolicy, NonHttp), Patches>,
+    made: HashMap<Purpose, Patches>,
     /// What the watch showed, the latest first.
     seen: Vec<Patches>,
 }
@@ -41,12 +41,12 @@ impl Basis {
 }
 
 impl World {
-    /// The patches for fences of a kind; made where nothing that they depend on is as it was: the namespaces, the
+    /// The patches for a purpose; made where nothing that they depend on is as it was: the namespaces, the
     /// addresses of Services, and the installation.
-    pub fn redirect(
+    pub fn patches(
         &self,
         settings: &Settings,
-        kind: (FirstCallPolicy, NonHttp),
+        purpose: Purpose,
         make: impl FnOnce() -> Vec<serde_json::Value>,
     ) -> Patches {
         let mut known = self
@@ -66,7 +66,7 @@ impl World {
                 settings: settings.clone(),
             });
         }
-        let made = known.made.entry(kind).or_insert_with(|| make().into());
+        let made = known.made.entry(purpose).or_insert_with(|| make().into());
         made.clone()
     }
 

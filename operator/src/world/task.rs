@@ -160,8 +160,12 @@ impl WorldTask {
                     self.world.one_copy(&mut object.spec.config_patches);
                 }
                 let old = self.world.envoy_filters.get(&key).map(AsRef::as_ref);
-                let both = [old, object.as_deref()].into_iter().flatten();
-                concerned.fences.extend(both.filter_map(fence_of));
+                for filter in [old, object.as_deref()].into_iter().flatten() {
+                    match fence_of(filter) {
+                        Some(fence) => drop(concerned.fences.insert(fence)),
+                        None => concerned.redirect = true,
+                    }
+                }
                 set(&mut self.world.envoy_filters, key, object);
             }
             Change::Fence(key, object) => {
@@ -272,7 +276,7 @@ impl WorldTask {
     ) {
         let old = self.world.namespaces.get(&name);
         // The redirect lists the namespaces that exist.
-        concerned.all |= old.is_some() != labels.is_some();
+        concerned.redirect |= old.is_some() != labels.is_some();
         if old.map(AsRef::as_ref) != labels.as_ref() {
             concerned.fences.extend(self.dependents.finders().cloned());
         }
@@ -330,7 +334,7 @@ impl WorldTask {
         let ports: Vec<_> = self.world.http_ports().collect();
         self.change_hosts([fqdn].into(), |world| world.set_service(key, facts));
         // The redirect lists them.
-        concerned.all |= !self.world.service_ranges().eq(ranges);
+        concerned.redirect |= !self.world.service_ranges().eq(ranges);
         // What can be learnt by TCP depends on them.
         concerned.all |= !self.world.http_ports().eq(ports);
     }

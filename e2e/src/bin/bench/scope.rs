@@ -17,6 +17,9 @@ pub(super) struct Flags {
     /// What the caller depends on.
     #[arg(long, default_value_t = 10)]
     dependencies: usize,
+    /// The fence's `firstCall.policy`.
+    #[arg(long, default_value = "Hold")]
+    first_call: String,
 }
 
 pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
@@ -31,7 +34,11 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
         .iter()
         .map(|host| format!("{{host: {host}}}"))
         .collect();
-    let fence = format!("{{dependencies: [{}]}}", declared.join(", "));
+    let fence = format!(
+        "{{firstCall: {{policy: {}}}, dependencies: [{}]}}",
+        flags.first_call,
+        declared.join(", ")
+    );
     lab.fence(CALLER, &fence).await?;
     lab.until_reason(CALLER, "Enforced").await?;
     let half = settled(lab, "fenced, half the mesh", |cost| {

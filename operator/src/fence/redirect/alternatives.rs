@@ -1,5 +1,5 @@
 //! A regular expression for many names that is not much longer than it must be: what names begin with in common is written
-//! once. It is in twelve places of each fence's redirect, which etcd, istiod and every proxy keep.
+//! once. It is in each route of the redirect, which every proxy has on each port.
 
 use std::collections::BTreeSet;
 
