@@ -8,8 +8,9 @@ use kube::Api;
 
 use crate::app::Protocol;
 use crate::control_plane::kubeconfig;
-use crate::lab::{Lab, PATIENCE, request};
+use crate::lab::{Lab, PATIENCE};
 use crate::pod::{App, PodSpec};
+use crate::pods::request;
 use crate::wait::eventually;
 
 /// Where Fenceline lives.

@@ -13,6 +13,7 @@ pub mod install;
 pub mod isolate;
 pub mod lab;
 pub mod pod;
+pub mod pods;
 pub mod process;
 pub mod prometheus;
 pub mod reporter;

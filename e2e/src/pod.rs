@@ -476,7 +476,7 @@ fn admin_call(path: &str) -> Call {
     Call {
         path: path.into(),
         timeout: Duration::from_secs(10),
-        ..crate::lab::request(Protocol::Http1, "127.0.0.1:15000", admin)
+        ..crate::pods::request(Protocol::Http1, "127.0.0.1:15000", admin)
     }
 }
 

@@ -8,7 +8,8 @@ use tokio::process::Command;
 
 use crate::app::{Caller, Protocol};
 use crate::control_plane::ADDRESS;
-use crate::lab::{Lab, PATIENCE, request};
+use crate::lab::{Lab, PATIENCE};
+use crate::pods::request;
 use crate::process::Process;
 use crate::wait::eventually;
 

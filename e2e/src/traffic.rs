@@ -10,7 +10,8 @@ use tokio::task::JoinSet;
 
 use crate::app::{Call, Outcome, Protocol, ask};
 use crate::fences::Name;
-use crate::lab::{Lab, request};
+use crate::lab::Lab;
+use crate::pods::request;
 
 /// A call that may be made.
 #[derive(Clone, Debug)]

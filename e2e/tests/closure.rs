@@ -2,7 +2,8 @@
 
 use fenceline_crds::Evidence;
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::lab::{MESH_CONFIG, request};
+use fenceline_e2e::lab::MESH_CONFIG;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use fenceline_e2e::app::{Outcome, Protocol, Shape};
 use fenceline_e2e::fences::GLOBAL_PROXY as GLOBAL_PROXY_URI;
 use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::wait::throughout;
 use fenceline_e2e::{Lab, PATIENCE, wait::eventually};
 

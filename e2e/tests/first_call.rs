@@ -4,7 +4,8 @@ use std::net::Ipv4Addr;
 
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::OPERATOR;
-use fenceline_e2e::lab::{MESH_CONFIG, request, shipped};
+use fenceline_e2e::lab::{MESH_CONFIG, shipped};
+use fenceline_e2e::pods::request;
 use fenceline_e2e::tools::checkout;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec, wait::eventually};
 

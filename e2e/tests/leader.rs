@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use fenceline_crds::istio::Sidecar;
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{PATIENCE, PodSpec};
 use futures::StreamExt;

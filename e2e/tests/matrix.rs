@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use fenceline_e2e::app::{Call, Outcome, Protocol, Shape};
 use fenceline_e2e::fences::GLOBAL_PROXY as GLOBAL_PROXY_URI;
 use fenceline_e2e::install::{GLOBAL_PROXY, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::tools::checkout;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec, wait::eventually};
 

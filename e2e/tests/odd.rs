@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::{GLOBAL_PROXY, OPERATOR, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec, wait::eventually};
 
 const CLIENT: (&str, &str) = ("shop", "client");

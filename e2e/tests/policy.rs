@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use fenceline_crds::ServiceFence;
 use fenceline_e2e::app::Protocol;
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 use kube::{Api, ResourceExt};

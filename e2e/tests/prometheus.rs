@@ -6,7 +6,7 @@ use fenceline_crds::Evidence;
 use fenceline_e2e::app::{Call, Protocol};
 use fenceline_e2e::guard::{GUARDED, SLOW, TOKEN, WRONG};
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::prometheus::URL;
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE};

@@ -3,7 +3,7 @@
 use fenceline_e2e::Lab;
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::GLOBAL_PROXY;
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 
 const CLIENT: (&str, &str) = ("shop", "client");
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use fenceline_e2e::app::{Call, Protocol, Shape};
 use fenceline_e2e::fences::GLOBAL_PROXY;
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::{Lab, PodSpec};
 
 const CLIENT: (&str, &str) = ("shop", "client");

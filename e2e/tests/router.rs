@@ -7,7 +7,7 @@ use fenceline_crds::BranchStatus;
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::Name;
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::routers::{REVIEWS, load, none_failed};
 use fenceline_e2e::traffic::{Tally, Traffic};
 use fenceline_e2e::wait::eventually;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::Name;
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::routers::{CLIENTS, REVIEWS, load, none_failed};
 use fenceline_e2e::wait::{eventually, throughout};
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};

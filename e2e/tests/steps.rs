@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use fenceline_e2e::app::{Call, Protocol};
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use fenceline_e2e::{Lab, PodSpec};
 
 const CLIENT: (&str, &str) = ("shop", "client");

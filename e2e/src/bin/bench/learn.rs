@@ -7,7 +7,7 @@ use clap::Args;
 use fenceline_e2e::Lab;
 use fenceline_e2e::app::Protocol;
 use fenceline_e2e::install::OPERATOR;
-use fenceline_e2e::lab::request;
+use fenceline_e2e::pods::request;
 use serde_json::{Value, json};
 
 use super::numbers::{ms, percentile};

@@ -41,30 +41,27 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
     );
     lab.fence(CALLER, &fence).await?;
     lab.until_reason(CALLER, "Enforced").await?;
-    let half = settled(lab, "fenced, half the mesh", |cost| {
-        cost.services <= flags.dependencies + 4
-    })
-    .await?;
+    let few = |cost: &Cost| cost.services <= flags.dependencies + 4;
+    settled(lab, "just fenced, half the mesh", few).await?;
+    fresh(lab).await?;
+    let half = settled(lab, "fenced, half the mesh", few).await?;
     lab.idle_services_from(flags.services / 2, flags.services)
         .await?;
     println!("{} services", flags.services);
     // The new ones are not in its scope; something that is tells when istiod has pushed them.
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
-    let fenced = settled(lab, "fenced", |cost| {
-        cost.services <= flags.dependencies + 4
-    })
-    .await?;
+    let fenced = settled(lab, "fenced", few).await?;
 
     lab.kubectl(&["-n", CALLER.0, "delete", "servicefence", CALLER.1])
         .await?;
-    let full = settled(lab, "the whole mesh", |cost| {
-        cost.services >= flags.services
-    })
-    .await?;
-    fresh(lab, "./*").await?;
+    let all = |cost: &Cost| cost.services >= flags.services;
+    settled(lab, "no longer fenced", all).await?;
+    fresh(lab).await?;
+    let full = settled(lab, "the whole mesh", all).await?;
+    in_scope(lab, "./*").await?;
     lab.get(CALLER, Protocol::Http1, "caller:80").await?;
     let own = settled(lab, "./*", |cost| cost.services < flags.services / 2).await?;
-    fresh(lab, "~/*").await?;
+    in_scope(lab, "~/*").await?;
     let nothing = settled(lab, "nothing in scope", |cost| cost.services < 2).await?;
 
     let mb = |cost: &Cost| (cost.memory / 1e5).round() / 10.0;
@@ -85,13 +82,18 @@ pub(super) async fn run(lab: &mut Lab, flags: &Flags) -> anyhow::Result<Value> {
     }))
 }
 
-/// A fresh proxy, whose memory never was that large, with this in scope.
-async fn fresh(lab: &mut Lab, hosts: &str) -> anyhow::Result<()> {
+/// The caller with this in scope.
+async fn in_scope(lab: &mut Lab, hosts: &str) -> anyhow::Result<()> {
     let sidecar = format!(
         "{{apiVersion: networking.istio.io/v1, kind: Sidecar, metadata: {{name: default, namespace: idle-0}}, \
          spec: {{egress: [{{hosts: ['{hosts}']}}]}}}}"
     );
     lab.apply(&sidecar).await?;
+    fresh(lab).await
+}
+
+/// A proxy that never had anything else: one whose configuration was larger keeps some of the memory.
+async fn fresh(lab: &mut Lab) -> anyhow::Result<()> {
     lab.delete_pod(CALLER.0, CALLER.1).await?;
     let pod = fenceline_e2e::PodSpec::new(CALLER.0, CALLER.1).http(80);
     lab.pod(pod).await
