@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
-use fenceline_e2e::install::OPERATOR;
+use fenceline_e2e::install::{OPERATOR, SYSTEM};
 use fenceline_e2e::{Lab, PATIENCE, wait::eventually};
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -12,6 +12,8 @@ use kube::{Api, ResourceExt};
 use serde_json::json;
 
 const CART: (&str, &str) = ("shop", "cart");
+
+const MANAGED: &str = "app.kubernetes.io/managed-by=fenceline";
 
 async fn gone(lab: &Lab) -> anyhow::Result<()> {
     eventually(PATIENCE, "both objects are gone", async || {
@@ -181,6 +183,30 @@ fn what_was_changed_by_hand_is_put_back_within_a_second() {
             restored(lab, &format!("{name}, deleted")).await?;
         }
         Ok(())
+    });
+}
+
+#[test]
+fn nothing_is_left_when_it_goes_as_the_readme_says() {
+    fenceline_e2e::test(async |lab| {
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.service("shop", "cart", &["http:80"]).await?;
+        lab.fence(CART, "{}").await?;
+        lab.until_reason(CART, "Enforced").await?;
+        lab.kubectl(&["delete", "servicefences", "-A", "--all"]).await?;
+        gone(lab).await?;
+        // What the Deployments run goes with them.
+        lab.running_mut(SYSTEM, OPERATOR)?.app()?.kill().await?;
+        let go = ["delete", "-k", "global-proxy-config", "-f", "crds/", "--wait=false"];
+        lab.kubectl(&go).await?;
+        eventually(PATIENCE, "nothing is left", async || {
+            let ours = ["get", "envoyfilters,sidecars", "-A", "-o", "name", "-l", MANAGED];
+            let left = lab.kubectl(&ours).await?;
+            anyhow::ensure!(left.trim().is_empty(), "{left}");
+            Ok(())
+        })
+        .await
     });
 }
 

@@ -79,8 +79,9 @@ pub(super) fn scope(
         scoped.learnt = alone.map(|host| host.fqdn.to_string()).collect();
     }
 
-    scoped.hosts = always;
-    scoped.hosts.extend(learnt);
+    // What was learnt is the most by far.
+    scoped.hosts = learnt;
+    scoped.hosts.extend(always);
     scoped.hosts.extend(named);
     scoped.hosts.extend(declared);
     scoped.counts.imported = count(scoped.hosts.len());
@@ -178,19 +179,19 @@ fn learnt(fence: &ServiceFence, namespace: &str, world: &World, note: Note<'_>) 
         let mut evidence = learnt.evidence.iter();
         evidence.any(|kind| *kind != Evidence::AuthorizationPolicy && fence.spec.believes(*kind))
     };
-    let mut hosts = BTreeSet::new();
+    let mut hosts = Vec::new();
     for known in dependencies.filter(seen) {
         if let Some(host) = world.only_provider(namespace, &known.host) {
             note(host, Why::Learnt(known));
-            hosts.insert(host.clone());
+            hosts.push(host.clone());
             continue;
         }
         for host in hosts_named(world, namespace, &known.host) {
             note(&host, Why::Learnt(known));
-            hosts.insert(host);
+            hosts.push(host);
         }
     }
-    hosts
+    hosts.into_iter().collect()
 }
 
 /// More would not fit into a fence's status; who is named by so many was not meant.
