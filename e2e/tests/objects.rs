@@ -194,14 +194,30 @@ fn nothing_is_left_when_it_goes_as_the_readme_says() {
         lab.service("shop", "cart", &["http:80"]).await?;
         lab.fence(CART, "{}").await?;
         lab.until_reason(CART, "Enforced").await?;
-        lab.kubectl(&["delete", "servicefences", "-A", "--all"]).await?;
+        lab.kubectl(&["delete", "servicefences", "-A", "--all"])
+            .await?;
         gone(lab).await?;
         // What the Deployments run goes with them.
         lab.running_mut(SYSTEM, OPERATOR)?.app()?.kill().await?;
-        let go = ["delete", "-k", "global-proxy-config", "-f", "crds/", "--wait=false"];
+        let go = [
+            "delete",
+            "-k",
+            "global-proxy-config",
+            "-f",
+            "crds/",
+            "--wait=false",
+        ];
         lab.kubectl(&go).await?;
         eventually(PATIENCE, "nothing is left", async || {
-            let ours = ["get", "envoyfilters,sidecars", "-A", "-o", "name", "-l", MANAGED];
+            let ours = [
+                "get",
+                "envoyfilters,sidecars",
+                "-A",
+                "-o",
+                "name",
+                "-l",
+                MANAGED,
+            ];
             let left = lab.kubectl(&ours).await?;
             anyhow::ensure!(left.trim().is_empty(), "{left}");
             Ok(())
