@@ -79,9 +79,8 @@ pub(super) fn scope(
         scoped.learnt = alone.map(|host| host.fqdn.to_string()).collect();
     }
 
-    // What was learnt is the most by far.
-    scoped.hosts = learnt;
-    scoped.hosts.extend(always);
+    scoped.hosts = always;
+    scoped.hosts.extend(learnt);
     scoped.hosts.extend(named);
     scoped.hosts.extend(declared);
     scoped.counts.imported = count(scoped.hosts.len());
@@ -179,19 +178,19 @@ fn learnt(fence: &ServiceFence, namespace: &str, world: &World, note: Note<'_>) 
         let mut evidence = learnt.evidence.iter();
         evidence.any(|kind| *kind != Evidence::AuthorizationPolicy && fence.spec.believes(*kind))
     };
-    let mut hosts = Vec::new();
+    let mut hosts = BTreeSet::new();
     for known in dependencies.filter(seen) {
         if let Some(host) = world.only_provider(namespace, &known.host) {
             note(host, Why::Learnt(known));
-            hosts.push(host.clone());
+            hosts.insert(host.clone());
             continue;
         }
         for host in hosts_named(world, namespace, &known.host) {
             note(&host, Why::Learnt(known));
-            hosts.push(host);
+            hosts.insert(host);
         }
     }
-    hosts.into_iter().collect()
+    hosts
 }
 
 /// More would not fit into a fence's status; who is named by so many was not meant.

@@ -142,9 +142,8 @@ pub struct World {
     pub definition: Option<OwnerReference>,
     pod_of_address: SharedMap<IpAddr, Key>,
     service_of_address: SharedMap<IpAddr, Key>,
-    /// Services by their full names, with what a lookup asks of them: in a large mesh each pointer that is followed is memory
-    /// that no cache has.
-    service_of_name: SharedMap<Arc<str>, (Host, ExportTo)>,
+    /// Services by their full names.
+    service_of_name: SharedMap<Arc<str>, (Host, Arc<ServiceFacts>)>,
     /// The VirtualServices of each host.
     routes: OrdMap<String, BTreeSet<Key>>,
     /// The ServiceEntries of each host.
@@ -225,8 +224,7 @@ impl World {
         match self.services.get(key) {
             Some(facts) => {
                 let host = Host::new(&*key.namespace, Arc::clone(&fqdn));
-                let service = (host, facts.export_to.clone());
-                self.service_of_name.insert(fqdn, service);
+                self.service_of_name.insert(fqdn, (host, Arc::clone(facts)));
             }
             None => drop(self.service_of_name.remove(&fqdn)),
         }
@@ -329,10 +327,10 @@ impl World {
     /// The one host by which a caller of `namespace` reaches `fqdn`, if it is that of a Service and nothing else bears on
     /// it: what is nearly always so.
     pub fn only_provider(&self, namespace: &str, fqdn: &str) -> Option<&Host> {
-        let (host, export_to) = self.service_of_name.get(fqdn)?;
-        let unrouted =
-            || !self.routes.contains_key(fqdn) && self.wildcard_routes(fqdn).next().is_none();
-        let alone = export_to.includes(namespace) && (self.routes.is_empty() || unrouted());
+        let (host, facts) = self.service_of_name.get(fqdn)?;
+        let alone = facts.export_to.includes(namespace)
+            && !self.routes.contains_key(fqdn)
+            && self.wildcard_routes(fqdn).next().is_none();
         alone.then_some(host)
     }
 
