@@ -12,7 +12,7 @@ use crate::fences::Name;
 use crate::lab::{Lab, PATIENCE};
 use crate::pod::PodSpec;
 use crate::traffic::{Tally, Target, Traffic};
-use crate::wait::eventually;
+use crate::wait::{eventually, throughout};
 
 /// The service that tests route.
 pub const REVIEWS: Name<'static> = ("shop", "reviews");
@@ -163,6 +163,23 @@ impl Lab {
             let status = router.status.context("no status")?;
             let newest = status.observed_generation == router.metadata.generation;
             says(&status.conditions, newest, reason)
+        })
+        .await
+    }
+
+    /// Fails if at any time of so long the routes of `reviews` lead to a version.
+    ///
+    /// # Errors
+    /// Fails when they do.
+    pub async fn never_routed_to(&self, version: &str, time: Duration) -> anyhow::Result<()> {
+        let subset = format!("subset: main--{version}");
+        throughout(time, &format!("no routes to {version}"), async || {
+            let routes = "virtualservice/fenceline-reviews";
+            let routes = self
+                .kubectl(&["-n", "shop", "get", routes, "-o", "yaml"])
+                .await?;
+            anyhow::ensure!(!routes.contains(&subset), "{routes}");
+            Ok(())
         })
         .await
     }

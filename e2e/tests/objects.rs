@@ -15,6 +15,15 @@ const CART: (&str, &str) = ("shop", "cart");
 
 const MANAGED: &str = "app.kubernetes.io/managed-by=fenceline";
 
+/// A mesh with a fence in force.
+async fn fenced(lab: &mut Lab) -> anyhow::Result<()> {
+    lab.install().await?;
+    lab.namespace("shop").await?;
+    lab.service("shop", "cart", &["http:80"]).await?;
+    lab.fence(CART, "{}").await?;
+    lab.until_reason(CART, "Enforced").await.map(drop)
+}
+
 async fn gone(lab: &Lab) -> anyhow::Result<()> {
     eventually(PATIENCE, "both objects are gone", async || {
         anyhow::ensure!(lab.sidecar(CART).await?.is_none(), "the Sidecar is there");
@@ -125,11 +134,7 @@ fn the_global_proxy_has_every_http_port_of_the_mesh() {
 #[test]
 fn what_was_changed_by_hand_is_put_back_within_a_second() {
     fenceline_e2e::test(async |lab| {
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.service("shop", "cart", &["http:80"]).await?;
-        lab.fence(CART, "{}").await?;
-        lab.until_reason(CART, "Enforced").await?;
+        fenced(lab).await?;
         lab.until_quiet(OPERATOR, Duration::from_secs(1)).await?;
         let sidecar = lab.sidecar(CART).await?.map(|object| object.spec);
         let redirect = lab.redirect(CART).await?.map(|object| object.spec);
@@ -189,11 +194,7 @@ fn what_was_changed_by_hand_is_put_back_within_a_second() {
 #[test]
 fn nothing_is_left_when_it_goes_as_the_readme_says() {
     fenceline_e2e::test(async |lab| {
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.service("shop", "cart", &["http:80"]).await?;
-        lab.fence(CART, "{}").await?;
-        lab.until_reason(CART, "Enforced").await?;
+        fenced(lab).await?;
         lab.kubectl(&["delete", "servicefences", "-A", "--all"])
             .await?;
         gone(lab).await?;
@@ -229,11 +230,7 @@ fn nothing_is_left_when_it_goes_as_the_readme_says() {
 #[test]
 fn a_namespace_that_comes_changes_one_object() {
     fenceline_e2e::test(async |lab| {
-        lab.install().await?;
-        lab.namespace("shop").await?;
-        lab.service("shop", "cart", &["http:80"]).await?;
-        lab.fence(CART, "{}").await?;
-        lab.until_reason(CART, "Enforced").await?;
+        fenced(lab).await?;
         lab.until_quiet(OPERATOR, Duration::from_secs(1)).await?;
         let (before, redirect) = (lab.writes(OPERATOR).await?, lab.redirect(CART).await?);
         lab.namespace("late").await?;
