@@ -191,6 +191,61 @@ fn what_was_changed_by_hand_is_put_back_within_a_second() {
     });
 }
 
+/// As Istio's `experimental.stableValidationPolicy` does with EnvoyFilters.
+const NO_SIDECARS: &str = "
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {name: no-sidecars}
+spec:
+  matchConstraints:
+    resourceRules:
+    - {apiGroups: [networking.istio.io], apiVersions: ['*'], operations: [CREATE, UPDATE], resources: [sidecars]}
+  validations:
+  - {expression: 'object.metadata.namespace != \"shop\"', message: no Sidecars in shop}
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {name: no-sidecars}
+spec: {policyName: no-sidecars, validationActions: [Deny]}
+";
+
+#[test]
+fn what_the_api_refuses_is_said_and_tried_again() {
+    fenceline_e2e::test(async |lab| {
+        lab.install().await?;
+        lab.namespace("shop").await?;
+        lab.service("shop", "cart", &["http:80"]).await?;
+        lab.apply(NO_SIDECARS).await?;
+        // The policy is in force a moment later.
+        let theirs = "{apiVersion: networking.istio.io/v1, kind: Sidecar, metadata: {name: probe, namespace: shop}, spec: {}}";
+        eventually(PATIENCE, "the policy is in force", async || {
+            let gone = [
+                "-n",
+                "shop",
+                "delete",
+                "sidecar",
+                "probe",
+                "--ignore-not-found",
+            ];
+            lab.kubectl(&gone).await?;
+            anyhow::ensure!(lab.apply(theirs).await.is_err(), "not yet");
+            Ok(())
+        })
+        .await?;
+        lab.fence(CART, "{}").await?;
+        let message = lab.until_reason(CART, "Failing").await?;
+        println!("{message}");
+        anyhow::ensure!(
+            message.contains("Sidecar shop/fenceline-cart")
+                && message.contains("no Sidecars in shop"),
+            "{message}"
+        );
+        let policy = "validatingadmissionpolicybinding/no-sidecars";
+        lab.kubectl(&["delete", policy]).await?;
+        lab.until_reason(CART, "Enforced").await.map(drop)
+    });
+}
+
 #[test]
 fn nothing_is_left_when_it_goes_as_the_readme_says() {
     fenceline_e2e::test(async |lab| {
@@ -200,15 +255,10 @@ fn nothing_is_left_when_it_goes_as_the_readme_says() {
         gone(lab).await?;
         // What the Deployments run goes with them.
         lab.running_mut(SYSTEM, OPERATOR)?.app()?.kill().await?;
-        let go = [
-            "delete",
-            "-k",
-            "global-proxy-config",
-            "-f",
-            "crds/",
-            "--wait=false",
-        ];
-        lab.kubectl(&go).await?;
+        for go in [["-k", "global-proxy-config"], ["-f", "crds/"]] {
+            lab.kubectl(&["delete", go[0], go[1], "--wait=false"])
+                .await?;
+        }
         eventually(PATIENCE, "nothing is left", async || {
             let ours = [
                 "get",

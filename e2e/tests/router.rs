@@ -8,7 +8,7 @@ use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::Name;
 use fenceline_e2e::install::{OPERATOR, SYSTEM};
 use fenceline_e2e::pods::request;
-use fenceline_e2e::routers::{REVIEWS, load, none_failed};
+use fenceline_e2e::routers::{CLIENTS, REVIEWS, load, none_failed};
 use fenceline_e2e::traffic::{Tally, Traffic};
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
@@ -24,14 +24,38 @@ fn versions(versions: &str) -> String {
     )
 }
 
+const WITH_A_BRANCH: &str = "{service: reviews, change: {drain: 2s}, branches: [{name: main, versions: {v1: 1}}, \
+    {name: box, versions: {v2: 1}, match: [{header: {name: x-branch, exact: box}}]}]}";
+
 #[test]
 fn a_version_comes_and_another_goes_without_a_failed_request() {
     fenceline_e2e::test(async |lab| {
         lab.routed_mesh(&["v1"]).await?;
-        let traffic = callers(lab).await?;
+        let mut targets = lab.reviews().await?;
+        let mut boxed = targets.clone();
+        for target in &mut boxed {
+            let header = ("x-branch".to_owned(), "box".to_owned());
+            target.call.headers.extend([header]);
+        }
+        targets.extend(boxed);
+        let traffic = load(lab, targets, 8, Duration::from_millis(10))?;
         lab.router(REVIEWS, &versions("{v1: 1}")).await?;
         lab.until_router(REVIEWS, "Stable").await?;
         lab.version(REVIEWS, "v2", &[]).await?;
+        lab.router(REVIEWS, WITH_A_BRANCH).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        println!("{:.1?}: a branch", traffic.elapsed());
+        let header = [("x-branch", "box")];
+        let client = CLIENTS[0];
+        for (headers, pod) in [(&header[..], "reviews-v2"), (&[], "reviews-v1")] {
+            let answered = answered_by(lab, client, headers).await?;
+            anyhow::ensure!(answered == pod, "{headers:?}: {answered}");
+        }
+        lab.router(REVIEWS, &versions("{v1: 1}")).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        println!("{:.1?}: and none", traffic.elapsed());
+        let answered = answered_by(lab, client, &header).await?;
+        anyhow::ensure!(answered == "reviews-v1", "{answered}");
         for weights in ["{v1: 99, v2: 1}", "{v1: 1, v2: 1}", "{v2: 1}"] {
             lab.router(REVIEWS, &versions(weights)).await?;
             lab.until_router(REVIEWS, "Stable").await?;

@@ -52,6 +52,22 @@ pub enum Error {
     Changed { kind: &'static str, object: Key },
 }
 
+impl Error {
+    /// What the API says where it understood and does not want it: an admission policy, a quota, a right that is missing. Not
+    /// of what goes by itself.
+    pub fn refusal(&self) -> Option<String> {
+        let Self::Request { source, .. } = self else {
+            return None;
+        };
+        match &**source {
+            kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {
+                Some(format!("{self}: {}", status.message))
+            }
+            _ => None,
+        }
+    }
+}
+
 /// A kind that Fenceline writes whole: objects with a spec.
 pub trait Owned:
     Resource<DynamicType = (), Scope = NamespaceResourceScope>

@@ -289,6 +289,11 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
             resync = LOOK_AGAIN;
         }
         Ok(Progress::LookAgain) => resync = SEEN_BY_NOW,
+        Err(Error::Apply(error)) if let Some(why) = error.refusal() => {
+            plan.refused = Some(why);
+            report(&key, &fence, &plan, &world, context).await?;
+            return Err(error.into());
+        }
         other => drop(other?),
     }
     plan.rejected = context.arrivals.rejected(&key);

@@ -23,6 +23,8 @@ pub struct Plan {
     pub verdict: Verdict,
     /// Pods whose proxies refused configuration during the last step. Found only by looking.
     pub rejected: Vec<IpAddr>,
+    /// What the API said when it refused an object. Found only by writing.
+    pub refused: Option<String>,
     /// Whether first calls go nowhere.
     pub global_proxy_gone: bool,
     pub scope: Scope,
@@ -135,6 +137,7 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
     Plan {
         verdict,
         rejected: Vec::new(),
+        refused: None,
         global_proxy_gone: world.global_proxy_gone,
         scope: scoped.counts,
         named: scoped.named,

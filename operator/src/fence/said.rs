@@ -21,6 +21,10 @@ const CONFLICTED: &str = "Conflicted";
 /// The `Ready` condition of a plan that was carried out.
 pub(super) fn ready(plan: &Plan) -> Said {
     let (status, reason, mut message) = match &plan.verdict {
+        _ if let Some(why) = &plan.refused => {
+            let text = format!("{why}; it is tried again, and what is there stays as it is");
+            (false, "Failing", text)
+        }
         Verdict::Enforce(objects) if plan.global_proxy_gone && objects.redirect.is_some() => {
             let text = format!("{}; {GONE}", in_scope(plan.scope, "are"));
             (false, GLOBAL_PROXY_GONE, text)
@@ -108,7 +112,7 @@ fn conflict(plan: &Plan) -> String {
         Verdict::Conflicted(others) => others,
         Verdict::NameTaken(kind, object) => {
             return format!(
-                "{kind} {object} exists and is not Fenceline's; rename it, or this fence"
+                "{kind} {object} exists and is not Fenceline's; rename it, or this fence if that has its name from it"
             );
         }
         Verdict::Overlapped(seniors) => {
@@ -137,7 +141,7 @@ fn conflict(plan: &Plan) -> String {
 
 fn conditions(plan: &Plan) -> [Said; 3] {
     let ready = ready(plan);
-    let enforced = matches!(plan.verdict, Verdict::Enforce(_));
+    let enforced = matches!(plan.verdict, Verdict::Enforce(_)) && plan.refused.is_none();
     let conflicted = matches!(
         plan.verdict,
         Verdict::Conflicted(_)

@@ -4,7 +4,7 @@
 //! for the whole mesh, in Istio's root namespace ([`routes`]): routes that istiod inserts wherever it finds a mark. The marks are
 //! routes that match nothing; each fence puts them into its pods' catch-all virtual hosts. Marks must be there first, so
 //! the routes have the higher `priority`, by which istiod sorts patches of both namespaces
-//! (pilot/pkg/model/push_context.go, `EnvoyFilters`).
+//! (istio#49681, since 1.22).
 //!
 //! Nothing of Istio's is removed, so that any other name keeps Istio's own behaviour; and pods without marks have nothing of it.
 
