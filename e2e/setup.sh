@@ -38,8 +38,8 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 # Unpacked rather than installed, so that no service starts on the machine.
-unpack_deb() { # unpack_deb PACKAGE BINARY
-    [ -x "$cache/debian/usr/bin/$2" ] && return
+unpack_deb() { # unpack_deb PACKAGE FILE, which is in it
+    compgen -G "$cache/debian/usr/$2" >/dev/null && return
     command -v apt-get >/dev/null || die "cannot get Debian's $1 without apt-get"
     apt_update
     say "unpacking Debian's $1"
@@ -48,8 +48,14 @@ unpack_deb() { # unpack_deb PACKAGE BINARY
     dpkg-deb -x "$cache"/deb/*.deb "$cache/debian"
     rm -rf "$cache/deb"
 }
-unpack_deb etcd-server etcd
-unpack_deb prometheus prometheus
+unpack_deb etcd-server bin/etcd
+unpack_deb prometheus bin/prometheus
+# Debian's redis-server is a link to this program, which goes by the name that it is called by.
+unpack_deb redis-tools bin/redis-check-rdb
+unpack_deb liblzf1 'lib/*/liblzf.so.1'
+unpack_deb libjemalloc2 'lib/*/libjemalloc.so.2'
+unpack_deb libatomic1 'lib/*/libatomic.so.1'
+ln -sfn redis-check-rdb "$cache/debian/usr/bin/redis-server"
 
 build() { # build MODULE TOOL…: the Go tools of e2e/control-plane/MODULE
     local module=$1 from=e2e/control-plane/$1 key into; shift
@@ -85,6 +91,7 @@ gateway_api() { # the Gateway API's CRDs, as istiod knows them
 build kubernetes k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kubectl}
 build istio istio.io/istio/pilot/cmd/{pilot-discovery,pilot-agent}
 gateway_api
+build ratelimit github.com/envoyproxy/ratelimit/src/service_cmd
 
 envoy=1.40.0
 if [ ! -x "$cache/envoy-$envoy/envoy" ]; then

@@ -5,6 +5,7 @@
 mod fence_policy;
 pub mod istio;
 mod period;
+mod rate_limit;
 mod router;
 mod service_fence;
 mod traffic_patch;
@@ -13,6 +14,11 @@ pub use fence_policy::{
     FencePolicy, FencePolicySpec, FencePolicyStatus, Granularity, Promote, Template,
 };
 pub use period::period;
+pub use rate_limit::{
+    Adaptive, Direction, GatewayTarget, LimitBy, LimitMatch, LimitResponse, LimitRule,
+    LimitServiceStatus, LimitTarget, Metric, Nothing, OnStale, OnUnavailable, PrometheusQuery,
+    Quota, RateLimit, RateLimitSpec, RateLimitStatus, RuleStatus, Share, ValueMatch,
+};
 pub use router::{
     Branch, BranchMatch, BranchStatus, Change, CreateService, CreatedPort, FieldOrigin,
     HeaderMatch, RouteProtocol, Router, RouterSpec, RouterStatus, Verify, VersionLabels,
@@ -40,6 +46,7 @@ pub fn manifests() -> Result<Vec<(String, String)>, serde_yaml::Error> {
         FencePolicy::crd(),
         Router::crd(),
         TrafficPatch::crd(),
+        RateLimit::crd(),
     ];
     let manifest = |crd: CustomResourceDefinition| {
         let name = format!("{}.yaml", crd.spec.names.plural);

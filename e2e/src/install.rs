@@ -51,6 +51,7 @@ impl Lab {
             "crd/fencepolicies.fenceline.dev",
             "crd/routers.fenceline.dev",
             "crd/trafficpatches.fenceline.dev",
+            "crd/ratelimits.fenceline.dev",
         ] {
             let wait = ["wait", "--for=condition=Established", crd];
             // A CRD that is a moment old has no conditions to wait for.
@@ -62,7 +63,7 @@ impl Lab {
     }
 
     /// A pod as the Deployment's template asks for it.
-    async fn replica(
+    pub(crate) async fn replica(
         &self,
         deployment: &str,
         name: &str,

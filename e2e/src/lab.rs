@@ -260,6 +260,7 @@ impl Lab {
         for (file, kinds) in [
             ("fences.yaml", "servicefences.fenceline.dev"),
             ("routers.yaml", "routers,trafficpatches"),
+            ("rate-limits.yaml", "ratelimits"),
             (
                 "istio.yaml",
                 "sidecars,envoyfilters,virtualservices,destinationrules,serviceentries",

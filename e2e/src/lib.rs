@@ -12,6 +12,7 @@ pub mod idle;
 pub mod install;
 pub mod isolate;
 pub mod lab;
+pub mod limits;
 pub mod pod;
 pub mod pods;
 pub mod process;

@@ -2,7 +2,7 @@
 //! application, and the Pod object that the control plane knows it by.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -49,6 +49,12 @@ pub struct PodSpec {
     /// Ports of the echo server that speak TCP.
     pub tcp: Vec<u16>,
     pub sidecar: bool,
+    /// Whether its proxy is a gateway's.
+    pub gateway: bool,
+    /// What its proxy says of itself beside the usual, as `ISTIO_META_…`.
+    pub proxy_env: BTreeMap<String, String>,
+    /// Further names that it resolves.
+    pub hosts: BTreeMap<String, IpAddr>,
     /// Whether it is of the second istiod.
     pub second_istiod: bool,
     /// Whether iptables captures the pod's traffic (`REDIRECT`) or not (`NONE`).
@@ -68,6 +74,9 @@ impl PodSpec {
             http: Vec::new(),
             tcp: Vec::new(),
             sidecar: true,
+            gateway: false,
+            proxy_env: BTreeMap::new(),
+            hosts: BTreeMap::new(),
             second_istiod: false,
             capture: true,
             app: App::Echo,
@@ -108,6 +117,21 @@ impl PodSpec {
     pub fn without_sidecar(mut self) -> Self {
         self.sidecar = false;
         self.capture = false;
+        self
+    }
+
+    /// A gateway: nothing but its proxy.
+    #[must_use]
+    pub fn gateway(mut self) -> Self {
+        self.gateway = true;
+        self.capture = false;
+        self.app = App::Nothing;
+        self
+    }
+
+    #[must_use]
+    pub fn proxy_env(mut self, name: &str, value: &str) -> Self {
+        self.proxy_env.insert(name.to_owned(), value.to_owned());
         self
     }
 
@@ -187,7 +211,10 @@ impl Pod {
         } else {
             ADDRESS
         };
-        let hosts = format!("127.0.0.1 localhost\n{istiod} istiod.istio-system.svc\n");
+        let mut hosts = format!("127.0.0.1 localhost\n{istiod} istiod.istio-system.svc\n");
+        for (name, address) in &spec.hosts {
+            hosts.push_str(&format!("{address} {name}\n"));
+        }
         std::fs::write(folder.join("hosts"), hosts)?;
         let mut pod = Self {
             control: folder.join("control.sock"),
@@ -284,7 +311,11 @@ impl Pod {
                 "--clear-groups",
             ])
             .arg(&self.tools.pilot_agent)
-            .args(["proxy", "sidecar", "--domain"])
+            .args([
+                "proxy",
+                if spec.gateway { "router" } else { "sidecar" },
+                "--domain",
+            ])
             .arg(format!("{}.svc.cluster.local", spec.namespace))
             .arg("--templateFile")
             .arg(&self.tools.envoy_bootstrap)
@@ -296,7 +327,8 @@ impl Pod {
             "binaryPath": self.tools.envoy,
             "configPath": "./etc",
             "proxyStatsMatcher": {"inclusionRegexps": [
-                r"cluster\..*outbound.*upstream_rq_(total|completed)", r"cluster\..*upstream_cx_total"
+                r"cluster\..*outbound.*upstream_rq_(total|completed)", r"cluster\..*upstream_cx_total",
+                r".*http_local_rate_limit.*", r"cluster\..*ratelimit.*",
             ]},
         });
         command.envs([
@@ -318,6 +350,7 @@ impl Pod {
             ("ISTIO_METAJSON_LABELS", &labels),
         ]);
         command
+            .envs(&spec.proxy_env)
             .env("INSTANCE_IP", self.ip.to_string())
             .env("PROXY_CONFIG", proxy.to_string());
         let name = format!("{}.sidecar", spec.id());

@@ -14,6 +14,8 @@ use crate::process::Process;
 use crate::wait::eventually;
 
 pub(crate) const PORT: u16 = 9090;
+/// Where a test may serve metrics of its own.
+pub const SCRIPTED: &str = "10.244.0.1:9191";
 /// Where pods reach it.
 pub const URL: &str = "http://10.244.0.1:9090";
 
@@ -83,6 +85,9 @@ impl Lab {
                 "job_name": "sidecars",
                 "metrics_path": "/stats/prometheus",
                 "file_sd_configs": [{"files": [folder.join("sidecars.json")]}],
+            }, {
+                "job_name": "scripted",
+                "static_configs": [{"targets": [SCRIPTED]}],
             }],
         });
         std::fs::write(folder.join("prometheus.yml"), config.to_string())?;

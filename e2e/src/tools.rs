@@ -15,6 +15,11 @@ pub struct Tools {
     pub pilot_agent: PathBuf,
     pub envoy: PathBuf,
     pub prometheus: PathBuf,
+    pub redis: PathBuf,
+    /// The libraries of what came from Debian's packages.
+    pub debian_libraries: PathBuf,
+    /// The rate limit service.
+    pub rate_limit_service: PathBuf,
     pub istio_crds: PathBuf,
     pub envoy_bootstrap: PathBuf,
     /// The Gateway API's, which a test applies that needs them.
@@ -45,6 +50,9 @@ impl Tools {
             pilot_agent: cached("istio/pilot-agent")?,
             envoy: cached("envoy/envoy")?,
             prometheus: cached("debian/usr/bin/prometheus")?,
+            redis: cached("debian/usr/bin/redis-server")?,
+            debian_libraries: cached("debian/usr/lib/x86_64-linux-gnu")?,
+            rate_limit_service: cached("ratelimit/service_cmd")?,
             istio_crds: cached("istio/crd-all.gen.yaml")?,
             envoy_bootstrap: cached("istio/envoy_bootstrap.json")?,
             gateway_api_crds: cached("istio/gateway-api")?,

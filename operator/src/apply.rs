@@ -32,6 +32,8 @@ pub const FENCE_LABEL: &str = "fenceline.dev/service-fence";
 
 /// Names the Service that an object was written for.
 pub const SERVICE_LABEL: &str = "fenceline.dev/service";
+/// Names the RateLimit that an object was written for.
+pub const RATE_LIMIT_LABEL: &str = "fenceline.dev/rate-limit";
 
 /// A request that failed.
 #[derive(Debug, thiserror::Error)]

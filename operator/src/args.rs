@@ -93,6 +93,13 @@ pub struct Run {
         default_value = "127.0.0.1:18101"
     )]
     pub callers_address: SocketAddr,
+    /// Where the rate limit service gets its configuration. Keep it on loopback.
+    #[arg(
+        long,
+        env = "FENCELINE_RATE_LIMIT_ADDRESS",
+        default_value = "127.0.0.1:18102"
+    )]
+    pub rate_limit_address: SocketAddr,
     /// Where /livez, /readyz and /metrics are served.
     #[arg(long, env = "FENCELINE_ADMIN_ADDRESS", default_value = "0.0.0.0:8080")]
     pub admin_address: SocketAddr,
@@ -147,6 +154,12 @@ pub struct MeshArgs {
     /// to watch it.
     #[arg(long, env = "FENCELINE_MESH_CONFIG", default_value = "istio-system/istio", value_parser = key)]
     pub mesh_config: Key,
+    /// The rate limit service's Service, NAMESPACE/NAME, which Global RateLimits ask.
+    #[arg(long, env = "FENCELINE_RATE_LIMIT_SERVICE", default_value = "fenceline-system/ratelimit", value_parser = key)]
+    pub rate_limit_service: Key,
+    /// The port of that Service.
+    #[arg(long, env = "FENCELINE_RATE_LIMIT_PORT", default_value_t = 8081)]
+    pub rate_limit_port: u16,
     /// The cluster's DNS domain.
     #[arg(
         long,
@@ -168,6 +181,8 @@ impl MeshArgs {
             trust_domain,
             root_namespace,
             mesh_config,
+            rate_limit_service,
+            rate_limit_port,
             cluster_domain,
         } = self;
         Settings {
@@ -180,6 +195,8 @@ impl MeshArgs {
             trust_domain,
             root_namespace,
             mesh_config,
+            rate_limit_service,
+            rate_limit_port,
         }
     }
 }

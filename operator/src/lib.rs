@@ -16,15 +16,19 @@ pub mod inspect;
 pub mod leader;
 pub mod metrics;
 pub mod migrate;
+mod note;
 pub mod observe;
 pub mod patch;
 pub mod policy;
 pub mod ports;
+pub mod rate_limit;
+mod recent;
 pub mod router;
 pub mod run;
 pub mod status;
 #[cfg(test)]
 mod testing;
+mod work;
 pub mod world;
 
 /// An error with its causes, in one line.

@@ -59,6 +59,10 @@ pub struct Metrics {
     pub prometheus: Gauge,
     /// What became of first calls.
     pub first_calls: Family<Outcome, Counter>,
+    /// Requests that rate limits rejected in the last five minutes, by Prometheus.
+    pub limited: Gauge,
+    /// RateLimits that are not in force as they say.
+    pub unready_limits: Gauge,
     /// Calls that are held now.
     pub held: Gauge,
     /// How long calls were held each time, before they were sent back.
@@ -85,6 +89,8 @@ impl Default for Metrics {
             writes_waiting: Gauge::default(),
             prometheus: Gauge::default(),
             first_calls: Family::default(),
+            limited: Gauge::default(),
+            unready_limits: Gauge::default(),
             held: Gauge::default(),
             held_for: Histogram::new(exponential_buckets(0.005, 1.5, 20)),
             refused_streams: Counter::default(),
@@ -109,6 +115,8 @@ impl Metrics {
             writes_waiting,
             prometheus,
             first_calls,
+            limited,
+            unready_limits,
             held,
             held_for,
             refused_streams,
@@ -139,6 +147,10 @@ impl Metrics {
         registry.register("prometheus_healthy", help, prometheus.clone());
         let help = "First calls, by what became of them";
         registry.register("first_calls", help, first_calls.clone());
+        let help = "Requests over a rate limit in the last five minutes, by Prometheus";
+        registry.register("limited_requests", help, limited.clone());
+        let help = "RateLimits that are not in force as they say";
+        registry.register("unready_rate_limits", help, unready_limits.clone());
         registry.register("held_calls", "First calls that are held now", held.clone());
         let help = "How long first calls were held before they were sent back";
         registry.register_with_unit("held", help, Unit::Seconds, held_for.clone());
@@ -188,6 +200,7 @@ impl Metrics {
             ("FencePolicy", world.fence_policies.len()),
             ("Router", world.routers.len()),
             ("TrafficPatch", world.traffic_patches.len()),
+            ("RateLimit", world.rate_limits.len()),
             ("DestinationRule", world.rules.len()),
         ] {
             let count = i64::try_from(count).unwrap_or(i64::MAX);

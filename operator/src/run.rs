@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use envoy_types::ext_authz::v3::pb::AuthorizationServer;
 use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogServiceServer;
+use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -34,11 +35,13 @@ use crate::observe::prometheus::{self, Prometheus};
 use crate::observe::proxy::Eyes;
 use crate::policy;
 use crate::ports;
+use crate::rate_limit::discovery::Discovery;
+use crate::rate_limit::{self, Ledger};
 use crate::router;
 use crate::router::istiod::{Access, Istiods};
 use crate::status::StatusWriter;
-use crate::world::World;
 use crate::world::feed::{self, Feed};
+use crate::world::{Key, World};
 
 /// How long requests that are under way may take to finish when the process is asked to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -56,6 +59,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         held_in_all,
         grpc_address,
         callers_address,
+        rate_limit_address,
         admin_address,
         log_format,
         log,
@@ -109,7 +113,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     };
 
     let door = Door {
-        global_proxy: Identity {
+        wanted: Identity {
             trust_domain: settings.trust_domain.clone(),
             namespace: settings.global_proxy.namespace.clone(),
             service_account: settings.global_proxy.name.clone(),
@@ -134,6 +138,37 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         .with_context(|| format!("--callers-address {callers_address}"))?;
     let services = Server::builder().add_service(AccessLogServiceServer::new(callers_log));
     let mut callers = tokio::spawn(serve(callers, services, synced.clone(), stop.clone()));
+    let ledger = Arc::new(Ledger::default());
+    let discovery = Discovery {
+        door: Door {
+            wanted: Identity {
+                trust_domain: settings.trust_domain.clone(),
+                namespace: settings.rate_limit_service.namespace.clone(),
+                service_account: settings.rate_limit_service.name.clone(),
+            },
+            metrics: Arc::clone(&metrics),
+        },
+        world: world.clone(),
+        settings: settings.clone(),
+        ledger: Arc::clone(&ledger),
+        replica: name.clone(),
+        stop: stop.clone(),
+    };
+    let configurations = TcpListener::bind(rate_limit_address)
+        .await
+        .with_context(|| format!("--rate-limit-address {rate_limit_address}"))?;
+    let services = Server::builder().add_service(AggregatedDiscoveryServiceServer::new(discovery));
+    let mut configurations = tokio::spawn(serve(
+        configurations,
+        services,
+        synced.clone(),
+        stop.clone(),
+    ));
+    let noting = {
+        let (world, status, replica) = (world.clone(), Arc::clone(&status), name.clone());
+        async move { ledger.run(world, &status, &replica).await }
+    };
+    tokio::spawn(noting);
     let limits = Limits {
         per_caller: held_per_caller,
         in_all: held_in_all,
@@ -215,6 +250,17 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         settings: settings.clone(),
         clock: clock::system,
     });
+    let rate_limits = Arc::new(rate_limit::Context {
+        world: world.clone(),
+        writer: writer.clone(),
+        status: Arc::clone(&context.status),
+        settings: settings.clone(),
+        istiods: Arc::clone(&routers.istiods),
+        prometheus: prometheus.clone(),
+        metrics: Arc::clone(&metrics),
+        operator: Key::new(&*namespace, &*name),
+        clock: clock::system,
+    });
     let candidate = Candidate::stand(client.clone(), namespace, name);
     let mut leads = candidate.leads.clone();
     let work = async {
@@ -236,6 +282,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = deputy::run(world.clone(), writer.clone(), settings.clone()) => {}
                 () = policy::run(world.clone(), &policies) => {}
                 () = router::run(Arc::clone(&routers)) => {}
+                () = rate_limit::run(Arc::clone(&rate_limits)) => {}
                 () = ask(prometheus.as_deref(), &world) => {}
                 () = forget(retention.as_ref(), &world) => {}
             }
@@ -249,12 +296,18 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         // Without these the process would look well and learn nothing.
         _ = &mut learning => anyhow::bail!("learning ended"),
         ended = &mut callers => return ended?.context("the service for callers ended"),
+        ended = &mut configurations => return ended?.context("the service for the rate limit service ended"),
         ended = &mut grpc => return ended?.context("the service for the global proxy ended"),
     }
 
     // What was learnt is stored, streams move to another replica, and the lease goes last: the next leader finds all.
     stop.cancel();
-    for server in [grpc, callers, tokio::spawn(async { Ok(admin.await??) })] {
+    for server in [
+        grpc,
+        callers,
+        configurations,
+        tokio::spawn(async { Ok(admin.await??) }),
+    ] {
         if let Ok(result) = tokio::time::timeout(PATIENCE, server).await {
             result??;
         }

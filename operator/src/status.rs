@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fenceline_crds::{FencePolicy, FencePolicyStatus, ServiceFence, ServiceFenceStatus};
+use fenceline_crds::{
+    FencePolicy, FencePolicyStatus, LimitServiceStatus, RateLimit, ServiceFence, ServiceFenceStatus,
+};
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -23,6 +25,10 @@ use crate::world::{Key, World};
 
 /// How often a write that met a newer version is worked out again before it is left to the caller's next attempt.
 const ATTEMPTS: usize = 8;
+
+/// The API takes no longer notes.
+/// <https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>
+const LONGEST_NOTE: usize = 1024;
 
 /// A status that could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +193,7 @@ impl StatusWriter {
             within(api.patch_status(&object.name_any(), &params, &Patch::Apply(patch))).await;
         let kind = match K::kind(&()).as_ref() {
             "Router" => "Router/status",
+            "RateLimit" => "RateLimit/status",
             _ => "TrafficPatch/status",
         };
         let outcome = write(kind, "apply", written.is_ok());
@@ -199,8 +206,40 @@ impl StatusWriter {
         }
     }
 
+    /// Writes what the rate limit services have that are connected to a replica, and nothing of what others noted.
+    ///
+    /// # Errors
+    /// Fails when the API refuses.
+    pub async fn limit_services(
+        &self,
+        object: &RateLimit,
+        replica: &str,
+        services: &[LimitServiceStatus],
+    ) -> kube::Result<()> {
+        let patch = json!({
+            "apiVersion": RateLimit::api_version(&()),
+            "kind": RateLimit::kind(&()),
+            "metadata": {"name": object.name_any(), "uid": object.uid()},
+            "status": {"services": services},
+        });
+        let namespace = object.namespace().unwrap_or_default();
+        let api: Api<RateLimit> = Api::namespaced(self.client.clone(), &namespace);
+        let params = PatchParams::apply(&format!("{MANAGER}-services-{replica}")).force();
+        let written =
+            within(api.patch_status(&object.name_any(), &params, &Patch::Apply(patch))).await;
+        let outcome = write("RateLimit/status", "apply", written.is_ok());
+        self.metrics.writes.get_or_create(&outcome).inc();
+        match written {
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
+    }
+
     /// Publishes an event about an object. Events are for people: one that is lost is logged, no more.
     pub async fn event(&self, about: &ObjectReference, warning: bool, reason: &str, note: String) {
+        let note: String = note.chars().take(LONGEST_NOTE).collect();
         let event = Event {
             type_: if warning {
                 EventType::Warning

@@ -14,12 +14,14 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::Mutex;
 
 use super::codec::BytesCodec;
+use super::flood::{Flood, Flooded};
 use super::server::{Report, tcp_round_trip};
 use super::shapes::{self, RequestBody, Shape};
 
@@ -264,6 +266,14 @@ pub(super) fn grpc_outcome(answer: Result<tonic::Response<Bytes>, tonic::Status>
     }
 }
 
+/// What the control socket takes.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Asked {
+    Flood(Flood),
+    Call(Call),
+}
+
 /// Serves calls, one JSON line each, on a unix socket until the process ends.
 pub async fn serve_control(path: &Path) -> anyhow::Result<()> {
     let listener = UnixListener::bind(path)?;
@@ -279,8 +289,10 @@ async fn serve_calls(mut stream: UnixStream, caller: &Caller) -> anyhow::Result<
     let (from, mut to) = stream.split();
     let mut lines = BufReader::new(from).lines();
     while let Some(line) = lines.next_line().await? {
-        let outcome = caller.call(&serde_json::from_str(&line)?).await;
-        let mut answer = serde_json::to_vec(&outcome)?;
+        let mut answer = match serde_json::from_str(&line)? {
+            Asked::Flood(flood) => serde_json::to_vec(&flood.run().await)?,
+            Asked::Call(call) => serde_json::to_vec(&caller.call(&call).await)?,
+        };
         answer.push(b'\n');
         to.write_all(&answer).await?;
     }
@@ -306,10 +318,22 @@ async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
 /// # Errors
 /// Fails when the application is not there; what goes wrong with the call itself is in the outcome.
 pub async fn ask(socket: &Path, call: &Call) -> anyhow::Result<Outcome> {
+    ask_for(socket, call).await
+}
+
+/// Asks it to make many.
+///
+/// # Errors
+/// Fails when the application is not there.
+pub async fn flood(socket: &Path, flood: &Flood) -> anyhow::Result<Flooded> {
+    ask_for(socket, flood).await
+}
+
+async fn ask_for<T: DeserializeOwned>(socket: &Path, what: &impl Serialize) -> anyhow::Result<T> {
     let mut stream = connect(socket)
         .await
         .with_context(|| format!("the application behind {}", socket.display()))?;
-    let mut line = serde_json::to_vec(call)?;
+    let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
     stream.write_all(&line).await?;
     let Some(answer) = BufReader::new(stream).lines().next_line().await? else {

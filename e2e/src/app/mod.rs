@@ -3,9 +3,11 @@
 
 mod client;
 mod codec;
+mod flood;
 mod server;
 mod shapes;
 
-pub use client::{Call, Caller, Outcome, Protocol, ask, serve_control};
+pub use client::{Call, Caller, Outcome, Protocol, ask, flood, serve_control};
+pub use flood::{Flood, Flooded};
 pub use server::{Report, Server};
 pub use shapes::Shape;

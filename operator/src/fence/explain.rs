@@ -24,6 +24,8 @@ pub enum Why<'a> {
     GlobalProxy,
     /// Its own proxies report to it.
     Operator,
+    /// A Global RateLimit makes its proxies ask it.
+    RateLimitService,
     /// Nobody could catch a first call to it.
     Uncatchable,
     /// MeshConfig names it as a provider.
@@ -43,6 +45,9 @@ impl Why<'_> {
     fn say(self, world: &World, host: &Host) -> String {
         match self {
             Self::GlobalProxy => "the global proxy, to which first calls go".to_owned(),
+            Self::RateLimitService => {
+                "the rate limit service, which a Global RateLimit makes its proxies ask".to_owned()
+            }
             Self::Operator => {
                 "Fenceline, to which its proxies report connections (nonHTTP: Learn)".to_owned()
             }

@@ -13,6 +13,7 @@ use super::Settings;
 use super::explain::Why;
 use super::select;
 use crate::observe::resolve::{Unresolved, full_names, resolve};
+use crate::rate_limit;
 use crate::world::{Host, Key, World};
 
 /// What a fence should have in scope.
@@ -109,6 +110,11 @@ fn always(
         let operator = settings.operator();
         note(&operator, Why::Operator);
         always.insert(operator);
+    }
+    if rate_limit::asks_the_service(fence, world, settings) {
+        let service = settings.rate_limit_service();
+        note(&service, Why::RateLimitService);
+        always.insert(service);
     }
     let global_proxy = settings.global_proxy();
     note(&global_proxy, Why::GlobalProxy);

@@ -21,6 +21,10 @@ pub struct Settings {
     pub root_namespace: String,
     /// The ConfigMap with MeshConfig.
     pub mesh_config: Key,
+    /// The rate limit service.
+    pub rate_limit_service: Key,
+    /// Its port.
+    pub rate_limit_port: u16,
 }
 
 /// What an installation has that changes nothing.
@@ -36,6 +40,8 @@ impl Default for Settings {
             trust_domain: "cluster.local".into(),
             root_namespace: "istio-system".into(),
             mesh_config: Key::new("istio-system", "istio"),
+            rate_limit_service: Key::new("fenceline-system", "ratelimit"),
+            rate_limit_port: 8081,
         }
     }
 }
@@ -43,6 +49,16 @@ impl Default for Settings {
 impl Settings {
     pub fn global_proxy_host(&self) -> String {
         self.global_proxy().fqdn.to_string()
+    }
+
+    pub(super) fn rate_limit_service(&self) -> Host {
+        self.host(&self.rate_limit_service)
+    }
+
+    /// The cluster of the rate limit service, as istiod names it.
+    pub(crate) fn rate_limit_cluster(&self) -> String {
+        let Host { fqdn, .. } = self.rate_limit_service();
+        format!("outbound|{}||{fqdn}", self.rate_limit_port)
     }
 
     pub(super) fn operator(&self) -> Host {

@@ -2,13 +2,11 @@
 //! it, since until the Sidecar narrows the scope it catches nothing, and from then on every call out of scope needs it. Taking away: the Sidecar first, for the same reason.
 //! A Sidecar comes, changes and goes in steps ([`super::stage`]).
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use fenceline_crds::istio::{EnvoyFilter, Sidecar};
 use futures::StreamExt;
-use kube::Resource;
 use kube::api::ObjectMeta;
 
 use super::plan::{Objects, Verdict, object_key};
@@ -16,54 +14,9 @@ use super::select::{self, Labels};
 use super::stage;
 use super::{CONCURRENCY, Context, Error, redirect};
 use crate::apply::{self, Owned};
-use crate::status::is_newer;
+use crate::recent::Recent;
 use crate::world::feed::fence_of;
 use crate::world::{Key, World};
-
-/// How long the watch may take to show a Sidecar that is new.
-const SHOWN_WITHIN: Duration = Duration::from_secs(2);
-
-/// The objects of a kind that we wrote and that the watch may not have shown yet: a step must not be taken back because it is
-/// not known of, nor anything written twice.
-#[derive(Debug)]
-struct Recent<K>(Mutex<HashMap<Key, (Instant, Arc<K>)>>);
-
-impl<K> Default for Recent<K> {
-    fn default() -> Self {
-        Self(Mutex::default())
-    }
-}
-
-impl<K: Resource> Recent<K> {
-    /// The newest object known here, where `seen` is what the watch shows.
-    fn newest(&self, key: &Key, seen: Option<&Arc<K>>) -> Option<Arc<K>> {
-        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match recent.get(key) {
-            Some((at, written)) => {
-                let unseen = match seen {
-                    Some(seen) => is_newer(written.as_ref(), seen.as_ref()),
-                    None => at.elapsed() < SHOWN_WITHIN,
-                };
-                if unseen {
-                    return Some(Arc::clone(written));
-                }
-                recent.remove(key);
-                seen.cloned()
-            }
-            None => seen.cloned(),
-        }
-    }
-
-    fn wrote(&self, key: &Key, object: K) {
-        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.insert(key.clone(), (Instant::now(), Arc::new(object)));
-    }
-
-    fn removed(&self, key: &Key) {
-        let mut recent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.remove(key);
-    }
-}
 
 /// What was written lately, of both kinds.
 #[derive(Debug, Default)]

@@ -88,7 +88,7 @@ impl AccessLog {
             return "incomplete";
         };
         // Every trust domain is a mesh of its own; its names and namespaces are not ours.
-        if seen.caller.trust_domain != self.door.global_proxy.trust_domain {
+        if seen.caller.trust_domain != self.door.wanted.trust_domain {
             return "foreign_trust_domain";
         }
         let world = Arc::clone(&self.world.borrow());

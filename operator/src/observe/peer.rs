@@ -19,10 +19,10 @@ pub(super) fn peer(metadata: &MetadataMap) -> Option<Identity> {
     peer.and_then(Identity::from_forwarded)
 }
 
-/// Lets in the global proxy alone.
+/// Lets in one identity alone.
 #[derive(Clone)]
 pub struct Door {
-    pub global_proxy: Identity,
+    pub wanted: Identity,
     pub metrics: Arc<Metrics>,
 }
 
@@ -31,15 +31,15 @@ impl Door {
     /// `PERMISSION_DENIED` for everybody else.
     pub fn admit(&self, metadata: &MetadataMap) -> Result<(), Status> {
         let peer = peer(metadata);
-        if peer.as_ref() == Some(&self.global_proxy) {
+        if peer.as_ref() == Some(&self.wanted) {
             return Ok(());
         }
         self.metrics.refused_streams.inc();
         let who = peer.map_or_else(|| "nobody we know".to_owned(), |peer| peer.to_string());
-        tracing::warn!(peer = %who, wanted = %self.global_proxy, "refused");
+        tracing::warn!(peer = %who, wanted = %self.wanted, "refused");
         Err(Status::permission_denied(format!(
-            "only {} may report first calls; this is {who}",
-            self.global_proxy
+            "only {} is served here; this is {who}",
+            self.wanted
         )))
     }
 }

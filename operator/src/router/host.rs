@@ -21,18 +21,12 @@ use super::write::{self, Made, Objects};
 use super::{Context, RESYNC, RETRY, said};
 use crate::apply;
 use crate::fence::select::Labels;
+use crate::note::Note;
+use crate::work::Next;
 use crate::world::{Key, World};
 
 /// What was written is looked at again once the watch shows it, which is soon.
 const SHOWN: Duration = Duration::from_millis(20);
-
-/// When a service is to be looked at again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    In(Duration),
-    /// Nothing is left of it.
-    Gone,
-}
 
 /// What is on its way, of each service.
 pub(super) struct Hosts {
@@ -216,13 +210,13 @@ impl Hosts {
             }
             Step::Rule(stage, rule) => {
                 let good = stored.rule.filter(|_| arrived.rule);
-                let note = write::Note::good(good, gathered.objects.rule.as_deref());
+                let note = Note::good(good, gathered.objects.rule.as_deref());
                 self.write::<DestinationRule>(gathered, stage, rule, &note, &change, world)
                     .await
             }
             Step::Routes(routes) => {
                 let good = stored.routes.filter(|_| arrived.routes);
-                let note = write::Note::good(good, gathered.objects.routes.as_deref());
+                let note = Note::good(good, gathered.objects.routes.as_deref());
                 let stage = Stage::ShiftingRoutes;
                 self.write::<VirtualService>(gathered, stage, routes, &note, &change, world)
                     .await
@@ -244,7 +238,7 @@ impl Hosts {
             ..change(gathered.router.as_deref())
         };
         tracing::warn!(service = %gathered.service, stage = stage.name(), why, "a change is taken back");
-        let note = write::Note::refused(K::of(&gathered.objects), wanted, why);
+        let note = Note::refused(K::of(&gathered.objects), wanted, why);
         let last = K::last_good(gathered);
         match self
             .write::<K>(gathered, stage, last, &note, &change, world)
@@ -260,7 +254,7 @@ impl Hosts {
         gathered: &Gathered<'_>,
         stage: Stage,
         spec: Option<K::Spec>,
-        note: &write::Note,
+        note: &Note,
         change: &Change,
         world: &World,
     ) -> Standing {

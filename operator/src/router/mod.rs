@@ -17,22 +17,21 @@ mod said;
 mod view;
 mod write;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
 use imbl::OrdMap;
 use kube::ResourceExt;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
 use crate::apply::{SERVICE_LABEL, Writer};
 use crate::clock::Clock;
 use crate::fence::Settings;
-use crate::router::host::{Hosts, Next};
+use crate::router::host::Hosts;
 use crate::router::istiod::Istiods;
 use crate::status::StatusWriter;
+use crate::work;
 use crate::world::{Key, World};
 
 /// How long a change waits for company.
@@ -41,8 +40,6 @@ const COALESCE: Duration = Duration::from_millis(20);
 const RESYNC: Duration = Duration::from_secs(600);
 /// How long a service waits after an error.
 const RETRY: Duration = Duration::from_secs(2);
-/// How many services are worked on side by side.
-const CONCURRENCY: usize = 16;
 
 /// What the controller works with.
 pub struct Context {
@@ -54,49 +51,10 @@ pub struct Context {
     pub clock: Clock,
 }
 
-/// When each service is to be looked at next.
-#[derive(Debug, Default)]
-struct Due {
-    at: BTreeMap<Key, Instant>,
-    /// Services that are being worked on, and those of them that have changed meanwhile.
-    under_way: BTreeMap<Key, bool>,
-}
-
-impl Due {
-    fn put(&mut self, service: Key, at: Instant) {
-        if let Some(again) = self.under_way.get_mut(&service) {
-            *again = true;
-            return;
-        }
-        let known = self.at.entry(service).or_insert(at);
-        *known = (*known).min(at);
-    }
-
-    /// A service whose time has come.
-    fn take(&mut self, now: Instant) -> Option<Key> {
-        let due = self.at.iter().find(|(_, at)| **at <= now)?.0.clone();
-        self.at.remove(&due);
-        self.under_way.insert(due.clone(), false);
-        Some(due)
-    }
-
-    fn next(&self) -> Option<Instant> {
-        self.at.values().min().copied()
-    }
-
-    fn done(&mut self, service: &Key, next: Option<Instant>) {
-        let again = self.under_way.remove(service).unwrap_or_default();
-        let at = if again { Some(Instant::now()) } else { next };
-        if let Some(at) = at {
-            self.put(service.clone(), at);
-        }
-    }
-}
-
 /// Keeps services as their Routers and patches want them for as long as it is polled: the leader's work.
 pub async fn run(context: Arc<Context>) {
     let (wake, woken) = mpsc::unbounded_channel();
-    let hosts = Hosts::new(Arc::clone(&context), wake.clone());
+    let hosts = &Hosts::new(Arc::clone(&context), wake.clone());
     let changes = async {
         let mut world = context.world.clone();
         let mut then: Option<Arc<World>> = None;
@@ -117,48 +75,12 @@ pub async fn run(context: Arc<Context>) {
             tokio::time::sleep(COALESCE).await;
         }
     };
-    let work = work(&hosts, woken);
+    let work = work::run(woken, async |service: &Key| hosts.reconcile(service).await);
     let view = view::run(&context);
     tokio::select! {
         () = changes => {}
         () = work => {}
         () = view => {}
-    }
-}
-
-async fn work(hosts: &Hosts, mut woken: mpsc::UnboundedReceiver<Key>) {
-    let mut due = Due::default();
-    let mut working = futures::stream::FuturesUnordered::new();
-    loop {
-        while working.len() < CONCURRENCY
-            && let Some(service) = due.take(Instant::now())
-        {
-            working.push(async move {
-                let next = hosts.reconcile(&service).await;
-                (service, next)
-            });
-        }
-        let next = due.next();
-        let timer = async {
-            match next {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            service = woken.recv() => match service {
-                Some(service) => due.put(service, Instant::now()),
-                None => return,
-            },
-            Some((service, next)) = working.next(), if !working.is_empty() => {
-                let at = match next {
-                    Next::Gone => None,
-                    Next::In(time) => Some(Instant::now() + time),
-                };
-                due.done(&service, at);
-            }
-            () = timer, if working.len() < CONCURRENCY => {}
-        }
     }
 }
 
@@ -209,7 +131,8 @@ fn concerned(then: &World, now: &World) -> BTreeSet<Key> {
         .collect()
 }
 
-fn changed<V: Clone>(
+/// Notes the namespaces in which anything of a kind changed.
+pub(crate) fn changed<V: Clone>(
     then: &OrdMap<Key, Arc<V>>,
     now: &OrdMap<Key, Arc<V>>,
     namespaces: &mut BTreeSet<String>,

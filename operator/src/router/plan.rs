@@ -89,7 +89,7 @@ pub fn subset_name(branch: &str, version: &str) -> String {
 }
 
 /// The same for the same text, whatever version of Fenceline asks: what is written must not change with that.
-pub(super) fn short_hash(text: &str) -> String {
+pub(crate) fn short_hash(text: &str) -> String {
     let mut hasher = fnv::FnvHasher::default();
     hasher.write(text.as_bytes());
     let hash = hasher.finish();

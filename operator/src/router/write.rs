@@ -1,6 +1,6 @@
 //! The objects of a service: what is stored, and what is written with it for whoever leads next.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use fenceline_crds::istio::{
@@ -21,15 +21,8 @@ use super::plan::{Target, short_hash};
 use super::report::CONFLICTED;
 use super::{Context, expect};
 use crate::apply::{self, MANAGED_BY, MANAGER, Owned, SERVICE_LABEL};
+use crate::note::{self, Note};
 use crate::world::{Key, ServiceFacts, World};
-
-/// What was in force before, as JSON: it is put back if what replaced it is refused.
-const LAST_GOOD: &str = "fenceline.dev/last-good";
-/// The target that was refused, in short, and why. It is not tried again.
-const REFUSED: &str = "fenceline.dev/refused";
-const REFUSED_WHY: &str = "fenceline.dev/refused-why";
-/// An annotation may be long, but nobody reads it.
-const LONGEST_WHY: usize = 1000;
 
 /// What is stored of ours.
 #[derive(Clone, Debug, Default)]
@@ -60,10 +53,11 @@ impl Objects {
 
     /// Why this target was taken back, if it was.
     pub(super) fn refused(&self, wanted: &str) -> Option<String> {
-        let rule = self.rule.iter().map(|rule| rule.annotations());
-        let mut all = rule.chain(self.routes.iter().map(|routes| routes.annotations()));
-        let refused = all.find(|notes| notes.get(REFUSED).is_some_and(|mark| mark == wanted))?;
-        Some(refused.get(REFUSED_WHY).cloned().unwrap_or_default())
+        let rule = self
+            .rule
+            .as_deref()
+            .and_then(|rule| note::refused(rule, wanted));
+        rule.or_else(|| note::refused(self.routes.as_deref()?, wanted))
     }
 }
 
@@ -106,46 +100,6 @@ impl Versions {
                 .map(|routes| routes.resource_version()),
         )
     }
-}
-
-/// What is noted on an object.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Note(BTreeMap<String, String>);
-
-impl Note {
-    /// `good` is what is in force now; where that has not arrived either, what was before it.
-    pub(super) fn good<S: serde::Serialize, K: ResourceExt>(
-        good: Option<&S>,
-        stored: Option<&K>,
-    ) -> Self {
-        let good = good.and_then(|good| serde_json::to_string(good).ok());
-        let before = || stored?.annotations().get(LAST_GOOD).cloned();
-        Self(
-            good.or_else(before)
-                .map(|good| (LAST_GOOD.to_owned(), good))
-                .into_iter()
-                .collect(),
-        )
-    }
-
-    pub(super) fn refused<K: ResourceExt>(stored: Option<&K>, wanted: &str, why: &str) -> Self {
-        let good = stored.and_then(|stored| stored.annotations().get_key_value(LAST_GOOD));
-        let mut notes: BTreeMap<String, String> = good
-            .map(|(name, good)| (name.clone(), good.clone()))
-            .into_iter()
-            .collect();
-        notes.insert(REFUSED.to_owned(), wanted.to_owned());
-        notes.insert(
-            REFUSED_WHY.to_owned(),
-            why.chars().take(LONGEST_WHY).collect(),
-        );
-        Self(notes)
-    }
-}
-
-/// What was in force before this object was written.
-fn last_good<S: DeserializeOwned>(stored: &impl ResourceExt) -> Option<S> {
-    serde_json::from_str(stored.annotations().get(LAST_GOOD)?).ok()
 }
 
 /// Routes as there are none.
@@ -194,7 +148,7 @@ pub(super) trait Made: Owned<Spec: Clone + DeserializeOwned + Send> {
 
     /// What to put back: what was in force before.
     fn last_good(gathered: &Gathered<'_>) -> Option<Self::Spec> {
-        let last = Self::of(&gathered.objects).and_then(last_good);
+        let last = Self::of(&gathered.objects).and_then(note::last_good);
         last.or_else(|| Self::harmless(gathered))
     }
 }
@@ -288,7 +242,7 @@ pub(super) fn object<K: Made>(
             ]
             .into(),
         ),
-        annotations: (!note.0.is_empty()).then(|| note.0.clone()),
+        annotations: note.annotations(),
         owner_references: world.definition.clone().map(|owner| vec![owner]),
         ..ObjectMeta::default()
     };

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fenceline_crds::istio::{
     AuthorizationPolicy, DestinationRule, EnvoyFilter, Other, Sidecar, VirtualService,
 };
-use fenceline_crds::{FencePolicy, Router, ServiceFence, TrafficPatch};
+use fenceline_crds::{FencePolicy, RateLimit, Router, ServiceFence, TrafficPatch};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts};
@@ -22,6 +22,7 @@ pub(super) enum Change {
     Rule(Key, Option<String>, Option<Box<DestinationRule>>),
     Router(Key, Option<Box<Router>>),
     TrafficPatch(Key, Option<Box<TrafficPatch>>),
+    RateLimit(Key, Option<Box<RateLimit>>),
     /// A policy, and whether Fenceline wrote it.
     Policy(Key, Option<PolicyFacts>, Option<Box<AuthorizationPolicy>>),
     Pod(Key, Option<PodFacts>),

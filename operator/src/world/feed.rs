@@ -9,7 +9,7 @@ use fenceline_crds::istio::{
     AuthorizationPolicy, DestinationRule, EnvoyFilter, GRPCRoute, HTTPRoute, ServiceEntry, Sidecar,
     VirtualService,
 };
-use fenceline_crds::{FencePolicy, Router, ServiceFence, TrafficPatch};
+use fenceline_crds::{FencePolicy, RateLimit, Router, ServiceFence, TrafficPatch};
 use futures::{StreamExt, pin_mut};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
@@ -40,7 +40,7 @@ pub(super) const BACKLOG: usize = 4096;
 const PAGE: u32 = 500;
 
 /// The kinds that are watched, by the names that metrics and readiness use.
-pub const KINDS: [&str; 18] = [
+pub const KINDS: [&str; 19] = [
     "Namespace",
     "Service",
     "ServiceEntry",
@@ -54,6 +54,7 @@ pub const KINDS: [&str; 18] = [
     "FencePolicy",
     "Router",
     "TrafficPatch",
+    "RateLimit",
     "DestinationRule",
     "HTTPRoute",
     "GRPCRoute",
@@ -62,7 +63,13 @@ pub const KINDS: [&str; 18] = [
 ];
 
 /// Kinds that a cluster need not have: the Gateway API, and what is newer than Fenceline's first kinds, where somebody updated the operator alone.
-const OPTIONAL: [&str; 4] = ["HTTPRoute", "GRPCRoute", "Router", "TrafficPatch"];
+const OPTIONAL: [&str; 5] = [
+    "HTTPRoute",
+    "GRPCRoute",
+    "Router",
+    "TrafficPatch",
+    "RateLimit",
+];
 
 /// Where the world comes out.
 #[derive(Debug)]
@@ -130,6 +137,9 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
     });
     watches.watch(&all, |key, object: Option<TrafficPatch>| {
         Change::TrafficPatch(key, object.map(Box::new))
+    });
+    watches.watch(&all, |key, object: Option<RateLimit>| {
+        Change::RateLimit(key, object.map(Box::new))
     });
     let namespace = global_proxy.namespace.clone();
     watches.watch(&all, move |key, object: Option<AuthorizationPolicy>| {

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use fenceline_crds::istio::{
     AuthorizationPolicy, DestinationRule, EnvoyFilter, Sidecar, VirtualService,
 };
-use fenceline_crds::{FencePolicy, Router, ServiceFence, TrafficPatch};
+use fenceline_crds::{FencePolicy, RateLimit, Router, ServiceFence, TrafficPatch};
 use imbl::{HashMap as SharedMap, OrdMap};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
@@ -129,6 +129,7 @@ pub struct World {
     pub fences: OrdMap<Key, Arc<ServiceFence>>,
     pub routers: OrdMap<Key, Arc<Router>>,
     pub traffic_patches: OrdMap<Key, Arc<TrafficPatch>>,
+    pub rate_limits: OrdMap<Key, Arc<RateLimit>>,
     /// The VirtualServices that Fenceline wrote for Routers and patches.
     pub own_routes: OrdMap<Key, Arc<VirtualService>>,
     /// The DestinationRules that it wrote.
@@ -180,6 +181,7 @@ impl World {
             fences: OrdMap::new(),
             routers: OrdMap::new(),
             traffic_patches: OrdMap::new(),
+            rate_limits: OrdMap::new(),
             own_routes: OrdMap::new(),
             own_rules: OrdMap::new(),
             rules: OrdMap::new(),

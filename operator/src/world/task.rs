@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fenceline_crds::ServiceFence;
+use fenceline_crds::{RateLimit, ServiceFence, Share};
+use kube::ResourceExt;
 use kube::runtime::reflector;
 use kube::runtime::watcher::Event;
 use tokio::sync::{mpsc, watch};
@@ -14,6 +15,7 @@ use super::change::{Change, Concerned};
 use super::dependents::Dependents;
 use super::feed::{BACKLOG, fence_of};
 use super::{Key, PodFacts, PolicyFacts, ServiceFacts, World, in_namespace};
+use crate::apply::RATE_LIMIT_LABEL;
 use crate::fence::select::{fences_of_pod, is_of_namespace};
 use crate::metrics::Metrics;
 
@@ -92,6 +94,20 @@ impl WorldTask {
             Change::TrafficPatch(key, object) => {
                 set(&mut self.world.traffic_patches, key, object);
             }
+            Change::RateLimit(key, object) => {
+                // Whoever asks the rate limit service has it in scope.
+                let old = self.world.rate_limits.get(&key).map(AsRef::as_ref);
+                let asks = |limit: Option<&RateLimit>| {
+                    limit
+                        .filter(|limit| limit.spec.share == Share::Global)
+                        .map(|limit| limit.spec.target.clone())
+                };
+                if asks(old) != asks(object.as_deref()) {
+                    concerned.namespaces.insert(key.namespace.clone());
+                    concerned.all |= key.namespace == self.root_namespace;
+                }
+                set(&mut self.world.rate_limits, key, object);
+            }
             Change::Policy(key, facts, ours) => {
                 let old = self.world.policies.get(&key).map(AsRef::as_ref);
                 if old != facts.as_ref() {
@@ -163,6 +179,8 @@ impl WorldTask {
                 for filter in [old, object.as_deref()].into_iter().flatten() {
                     match fence_of(filter) {
                         Some(fence) => drop(concerned.fences.insert(fence)),
+                        // Of a RateLimit: no fence's.
+                        None if filter.labels().contains_key(RATE_LIMIT_LABEL) => {}
                         None => concerned.redirect = true,
                     }
                 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{StatusCode, Url};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::Edge;
 use crate::args::PrometheusArgs;
@@ -121,6 +122,8 @@ pub enum Error {
     NoAnswer(String),
     #[error("it answers {status}: {said}")]
     Refused { status: StatusCode, said: String },
+    #[error("it gives {0} series, and one number is wanted: sum or max them")]
+    Many(usize),
     #[error("its answer is not whole: {0}")]
     Partial(String),
     #[error("its answer is not that of Prometheus, but begins with {said:?}")]
@@ -133,21 +136,50 @@ pub enum Error {
 /// An answer of its API.
 /// <https://prometheus.io/docs/prometheus/latest/querying/api/>
 #[derive(Debug, Deserialize)]
-struct Answer {
-    data: Data,
+struct Answer<T> {
+    data: Data<T>,
     /// Of an answer that is not whole, as Thanos and Mimir give them when a store is away.
     #[serde(default)]
     warnings: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Data {
-    result: Vec<Series>,
+struct Data<T> {
+    result: T,
 }
 
 #[derive(Debug, Deserialize)]
 struct Series {
     metric: HashMap<String, String>,
+}
+
+/// What an instant query gives: a number with its time, or a number for each series.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Numbers {
+    Scalar(Sample),
+    Vector(Vec<NumberOfSeries>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NumberOfSeries {
+    value: Sample,
+}
+
+/// A time, and a number as text, since JSON has no infinity.
+#[derive(Debug, Deserialize)]
+struct Sample(serde::de::IgnoredAny, String);
+
+impl Sample {
+    /// NaN where it is no number.
+    fn number(&self) -> f64 {
+        let Self(_, text) = self;
+        match text.as_str() {
+            "+Inf" => f64::INFINITY,
+            "-Inf" => f64::NEG_INFINITY,
+            number => number.parse().unwrap_or(f64::NAN),
+        }
+    }
 }
 
 /// What a question was answered with.
@@ -321,7 +353,36 @@ impl Client {
         Ok(workloads.collect())
     }
 
+    /// The number that a query gives, which may be none in the sense of arithmetic; nothing where it gives no series.
+    ///
+    /// # Errors
+    /// Fails when Prometheus does not answer, refuses the query, or gives several numbers.
+    pub async fn number(&self, query: &str) -> Result<Option<f64>, Error> {
+        let answer: Answer<Numbers> = self.fetch(query).await?;
+        match answer.data.result {
+            Numbers::Scalar(sample) => Ok(Some(sample.number())),
+            Numbers::Vector(series) if series.len() > 1 => Err(Error::Many(series.len())),
+            Numbers::Vector(series) => Ok(series.first().map(|series| series.value.number())),
+        }
+    }
+
     async fn ask(&self, query: &str) -> Result<Answers, Error> {
+        let Answer { data, warnings } = self.fetch::<Vec<Series>>(query).await?;
+        let edge = |mut labels: HashMap<String, String>| {
+            let service = labels.remove(SERVICE).unwrap_or_default();
+            Some((labels.remove(WORKLOAD)?, service))
+        };
+        let series = data.result.into_iter();
+        Ok(Answers {
+            edges: series.filter_map(|series| edge(series.metric)).collect(),
+            // Remarks about the query itself came among the warnings for a while.
+            warning: warnings
+                .into_iter()
+                .find(|warning| !warning.starts_with("PromQL info")),
+        })
+    }
+
+    async fn fetch<T: DeserializeOwned>(&self, query: &str) -> Result<Answer<T>, Error> {
         // How long Prometheus may think is not longer than we wait.
         let thinks = promql(self.settings.timeout);
         let asked = self
@@ -336,22 +397,9 @@ impl Client {
             let said = said.unwrap_or_else(|_| beginning(&body));
             return Err(Error::Refused { status, said });
         }
-        let Answer { data, warnings } =
-            serde_json::from_slice(&body).map_err(|source| Error::Strange {
-                said: beginning(&body),
-                source,
-            })?;
-        let edge = |mut labels: HashMap<String, String>| {
-            let service = labels.remove(SERVICE).unwrap_or_default();
-            Some((labels.remove(WORKLOAD)?, service))
-        };
-        let series = data.result.into_iter();
-        Ok(Answers {
-            edges: series.filter_map(|series| edge(series.metric)).collect(),
-            // Remarks about the query itself came among the warnings for a while.
-            warning: warnings
-                .into_iter()
-                .find(|warning| !warning.starts_with("PromQL info")),
+        serde_json::from_slice(&body).map_err(|source| Error::Strange {
+            said: beginning(&body),
+            source,
         })
     }
 }

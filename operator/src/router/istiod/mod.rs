@@ -38,6 +38,8 @@ pub enum Kind {
     Endpoints,
     Listeners,
     Routes,
+    /// The content of filters, by extension config discovery.
+    Extensions,
 }
 
 impl Kind {
@@ -47,6 +49,7 @@ impl Kind {
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             Self::Listeners => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Routes => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+            Self::Extensions => "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
         }
     }
 
@@ -56,6 +59,7 @@ impl Kind {
             Self::Endpoints,
             Self::Listeners,
             Self::Routes,
+            Self::Extensions,
         ];
         all.into_iter().find(|kind| kind.type_url() == type_url)
     }

@@ -28,6 +28,9 @@ pub struct ProxyState {
     /// `sidecar` or `router`.
     #[serde(default)]
     pub proxy_type: String,
+    /// As `1.31.0`, or what else its build says.
+    #[serde(default)]
+    pub istio_version: String,
     #[serde(default)]
     resources: HashMap<String, Resource>,
 }
@@ -58,6 +61,15 @@ impl ProxyState {
     /// The last push of which it was sent any of a kind.
     pub fn sent(&self, kind: Kind) -> Option<Push> {
         push_of(&self.resources.get(kind.type_url())?.sent)
+    }
+
+    /// The last push of which it was sent anything.
+    pub fn latest(&self) -> Option<Push> {
+        let sent = self
+            .resources
+            .values()
+            .map(|resource| push_of(&resource.sent));
+        sent.max().flatten()
     }
 
     /// Whether it was ever sent any of a kind.
