@@ -64,6 +64,10 @@ const ASK_RARELY: Duration = Duration::from_secs(2);
 const SETTLES: Duration = Duration::from_secs(2);
 /// How long status waits before it says that something is on its way: most is there by then.
 const SAID_AFTER: Duration = Duration::from_secs(5);
+/// How long a change waits for the one before it.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// What is waited for first.
+const OPENING: &str = "its place in the proxies' listeners is on its way";
 /// How long a change waits where nobody can be asked.
 const UNSEEN: Duration = Duration::from_secs(5);
 
@@ -421,10 +425,26 @@ impl Limits {
             return (self.take_away(&name, stored.as_deref()).await, None);
         };
         let mark = mark_of(&want.spec);
-        let is_there = stored
+        if stored
             .as_deref()
-            .is_some_and(|stored| stored.spec == want.spec);
-        if !is_there {
+            .is_none_or(|stored| stored.spec != want.spec)
+        {
+            // One thing at a time: what is refused is told by what came last.
+            if let Some(standing) = self
+                .still_comes(limit, filters, world, stored.as_deref())
+                .await
+            {
+                return match standing {
+                    Standing::Refused(why) => (
+                        self.put_back(object, limit, stored.as_deref(), &why).await,
+                        None,
+                    ),
+                    other => (other, None),
+                };
+            }
+            let opening = plan::opening(&want.spec, stored.as_deref().map(|stored| &stored.spec));
+            let opens = opening.is_some();
+            want.spec = opening.unwrap_or(want.spec);
             let good = stored
                 .as_deref()
                 .filter(|stored| self.is_good(object, stored));
@@ -435,16 +455,17 @@ impl Limits {
                 return (standing, None);
             }
             self.lock().entry(limit.key.clone()).or_default().on_the_way = Some(OnTheWay {
-                mark: mark.clone(),
+                mark: mark_of(&want.spec),
                 since: Instant::now(),
                 before,
                 everywhere: None,
             });
+            if opens {
+                return (Standing::OnTheWay(OPENING.to_owned(), false), None);
+            }
         }
-        let standing = self
-            .follow(object, limit, filters, world, &mark, stored.as_deref())
-            .await;
-        let standing = match standing {
+        let standing = match self.follow(limit, filters, world, &mark).await {
+            Standing::Refused(why) => self.put_back(object, limit, stored.as_deref(), &why).await,
             Standing::InForce(seen) if limit.share == Share::Global => {
                 services::standing(object, limit, &self.rules_of(limit))
                     .unwrap_or(Standing::InForce(seen))
@@ -505,15 +526,47 @@ impl Limits {
         Standing::InForce("no rule is in force at the moment".to_owned())
     }
 
+    /// Where what was written last stands, as long as it has not arrived.
+    async fn still_comes(
+        &self,
+        limit: &Limit,
+        filters: &[Filter],
+        world: &World,
+        stored: Option<&EnvoyFilter>,
+    ) -> Option<Standing> {
+        let stored = mark_of(&stored?.spec);
+        let on_the_way = self.lock().get(&limit.key)?.on_the_way.clone()?;
+        if on_the_way.mark != stored
+            || on_the_way.everywhere.is_some()
+            || on_the_way.since.elapsed() > PATIENCE
+        {
+            return None;
+        }
+        match self.follow(limit, filters, world, &stored).await {
+            // There, if not settled: that is for what can be refused.
+            Standing::OnTheWay(..) if self.is_everywhere(limit) => None,
+            Standing::InForce(_) => None,
+            Standing::OnTheWay(..) => {
+                let lasts = on_the_way.since.elapsed() > SAID_AFTER;
+                Some(Standing::OnTheWay(OPENING.to_owned(), lasts))
+            }
+            other => Some(other),
+        }
+    }
+
+    fn is_everywhere(&self, limit: &Limit) -> bool {
+        let memory = self.lock();
+        let on_the_way = memory.get(&limit.key).and_then(|of| of.on_the_way.as_ref());
+        on_the_way.is_some_and(|it| it.everywhere.is_some())
+    }
+
     /// What proxies make of what is stored.
     async fn follow(
         &self,
-        object: &RateLimit,
         limit: &Limit,
         filters: &[Filter],
         world: &World,
         mark: &str,
-        stored: Option<&EnvoyFilter>,
     ) -> Standing {
         let on_the_way = self
             .lock()
@@ -529,7 +582,7 @@ impl Limits {
             .await;
         let before = on_the_way.as_ref().map(|it| &it.before);
         match proxies::look(limit, filters, world, &said, before) {
-            Seen::Refused(why) => self.put_back(object, limit, stored, &why).await,
+            Seen::Refused(why) => Standing::Refused(why),
             Seen::Waits(why) => match on_the_way {
                 // A proxy that is connected, but of which nothing came since, began lately or moved to another istiod.
                 None => Standing::InForce("every proxy had it".to_owned()),

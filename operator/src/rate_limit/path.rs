@@ -6,8 +6,11 @@ use regex_syntax::hir::{Class, ClassUnicode, ClassUnicodeRange, Hir, HirKind};
 
 /// Begins the query string.
 const QUERY: char = '?';
-/// What a path may have: no spaces, no control characters, and no query string. Envoy takes bytes beyond ASCII as they come.
-const OF_PATHS: [(char, char); 3] = [('!', '>'), ('@', '~'), ('\u{80}', '\u{fffd}')];
+/// What a path may have: no spaces, no control characters, and no query string.
+const ASCII: [(char, char); 2] = [('!', '>'), ('@', '~')];
+/// Bytes beyond ASCII, as Envoy's RE2 reads them: each by itself.
+const BEYOND: Range = ('\u{80}', '\u{ff}');
+type Range = (char, char);
 /// Any query string, or none.
 const ANY_QUERY: &str = r"(?:\?.*)?";
 
@@ -46,7 +49,16 @@ fn plain(path: &str) -> Result<(), String> {
 pub(super) fn regex(pattern: &str) -> Result<String, String> {
     let hir = regex_syntax::parse(pattern).map_err(|error| last_line(&error.to_string()))?;
     let hir = without_query(hir)?;
-    Ok(format!("(?:{hir}){ANY_QUERY}"))
+    let pattern: String = hir.to_string().chars().map(written).collect();
+    Ok(format!("(?:{pattern}){ANY_QUERY}"))
+}
+
+/// A character as RE2 reads it: the printer writes what is beyond ASCII as it is, and control characters too, which no YAML may have.
+fn written(character: char) -> String {
+    match character {
+        ' '..='~' => character.to_string(),
+        other => format!("\\x{{{:x}}}", u32::from(other)),
+    }
 }
 
 /// The parser draws a picture of the pattern; the reason comes last.
@@ -64,13 +76,11 @@ fn without_query(hir: Hir) -> Result<Hir, String> {
             if literal.0.contains(&b'?') {
                 return Err("a path has no query string: match it with `query`".to_owned());
             }
-            Hir::literal(literal.0)
+            // Byte by byte.
+            let bytes: String = literal.0.iter().map(|byte| char::from(*byte)).collect();
+            Hir::literal(bytes.into_bytes())
         }
-        HirKind::Class(Class::Unicode(mut class)) => {
-            let ranges = OF_PATHS.map(|(first, last)| ClassUnicodeRange::new(first, last));
-            class.intersect(&ClassUnicode::new(ranges));
-            Hir::class(Class::Unicode(class))
-        }
+        HirKind::Class(Class::Unicode(class)) => Hir::class(Class::Unicode(of_bytes(class)?)),
         // Only where a pattern switches Unicode off.
         HirKind::Class(Class::Bytes(_)) => return Err("(?-u) is not known here".to_owned()),
         HirKind::Repetition(mut repetition) => {
@@ -83,6 +93,22 @@ fn without_query(hir: Hir) -> Result<Hir, String> {
     })
 }
 
+/// The same class of what a path may have: of what is beyond ASCII, all or nothing.
+fn of_bytes(class: ClassUnicode) -> Result<ClassUnicode, String> {
+    let range = |(first, last): Range| ClassUnicodeRange::new(first, last);
+    let beyond = ClassUnicode::new([range(('\u{80}', char::MAX))]);
+    let mut of_beyond = class.clone();
+    of_beyond.intersect(&beyond);
+    let mut ascii = class;
+    ascii.intersect(&ClassUnicode::new(ASCII.map(range)));
+    if of_beyond == beyond {
+        ascii.push(range(BEYOND));
+    } else if !of_beyond.ranges().is_empty() {
+        return Err("what is beyond ASCII stands percent-encoded in a path".to_owned());
+    }
+    Ok(ascii)
+}
+
 fn each(parts: Vec<Hir>) -> Result<Vec<Hir>, String> {
     parts.into_iter().map(without_query).collect()
 }
@@ -92,10 +118,11 @@ mod tests {
     use super::*;
     use regex::Regex;
 
-    /// As Envoy does: the whole of `:path`.
+    /// As Envoy does: the whole of `:path`, byte by byte.
     fn fits(pattern: &str, path: &str) -> bool {
+        let bytes: String = path.bytes().map(char::from).collect();
         let whole = format!("^(?:{pattern})$");
-        Regex::new(&whole).unwrap().is_match(path)
+        Regex::new(&whole).unwrap().is_match(&bytes)
     }
 
     #[test]
@@ -137,10 +164,21 @@ mod tests {
         assert_eq!(regex("/a(b").unwrap_err(), "unclosed group");
     }
 
-    /// What istiod and Envoy read is RE2, which knows no `\u{…}`.
+    /// Envoy's RE2 reads bytes, and knows no `\u{…}`.
     #[test]
     fn the_pattern_is_one_that_re2_knows() {
         let printed = regex("/[^a-z/]{2,3}/.+").unwrap();
         assert!(!printed.contains(r"\u"), "{printed}");
+        assert!(
+            printed.is_ascii() && !printed.contains(char::is_control),
+            "{printed}"
+        );
+        assert!(fits(&printed, "/ÄB/é"), "{printed}");
+        assert!(fits(&regex("/é+").unwrap(), "/éé"));
+        assert!(regex("/[à-ü]").unwrap_err().contains("percent-encoded"));
+        assert!(
+            !printed.contains("{100}") && !printed.contains("x{fff"),
+            "{printed}"
+        );
     }
 }

@@ -347,3 +347,33 @@ pub(super) fn back(good: Option<EnvoyFilterSpec>, refused: &EnvoyFilterSpec) -> 
         ..good.unwrap_or_else(|| refused.clone())
     }
 }
+
+/// What to write before `want`, where that has filters that `stored` has not: their places in listeners, with nothing in them that anybody could
+/// refuse. What comes after is then a change of contents alone, which a proxy gets in one answer and accepts or refuses as a whole; a proxy
+/// that is told of new names asks for each by itself, and its word on the last hides what it said of the others.
+pub(super) fn opening(
+    want: &EnvoyFilterSpec,
+    stored: Option<&EnvoyFilterSpec>,
+) -> Option<EnvoyFilterSpec> {
+    let content = |name: &Value| {
+        let patches = stored
+            .iter()
+            .flat_map(|stored| stored.config_patches.iter());
+        let mut contents = patches.filter(|patch| patch["applyTo"] == EXTENSION);
+        let value = contents.find(|patch| patch["patch"]["value"]["name"] == *name)?;
+        Some(value["patch"]["value"]["typed_config"].clone())
+    };
+    let mut is_new = false;
+    let mut opening = want.clone();
+    let patches = want.config_patches.iter().cloned().map(|mut patch| {
+        if patch["applyTo"] == EXTENSION {
+            let value = &mut patch["patch"]["value"];
+            let before = content(&value["name"]);
+            is_new |= before.is_none();
+            value["typed_config"] = before.unwrap_or_else(local::off);
+        }
+        patch
+    });
+    opening.config_patches = patches.collect::<Vec<_>>().into();
+    is_new.then_some(opening)
+}

@@ -6,7 +6,7 @@ use fenceline_crds::{RateLimit, RuleStatus};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::plan::{Filter, InForce, back, filters, plan};
+use super::plan::{Filter, InForce, back, filters, opening, plan};
 use super::valid::{self, Limit};
 use super::{global, local};
 use crate::testing::{service, world, yaml};
@@ -290,4 +290,20 @@ fn what_was_refused_is_switched_off_where_it_was() {
     let none = back(None, &refused);
     assert_eq!(content(&none), [(a, true), (b, true)]);
     assert_eq!(none.workload_selector, refused.workload_selector);
+    // The other way: first the place, then what is in it.
+    let first = opening(&good, None).unwrap();
+    assert_eq!(
+        content(&first),
+        [(json!("fenceline.dev/rate-limit/bookinfo/limit/a"), true)]
+    );
+    let second = opening(&refused, Some(&good)).unwrap();
+    assert_eq!(content(&second), content(&both));
+    assert_eq!(
+        second.config_patches[0], good.config_patches[0],
+        "what was there stays"
+    );
+    assert!(
+        opening(&good, Some(&first)).is_none(),
+        "contents alone need no opening"
+    );
 }
