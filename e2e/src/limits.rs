@@ -211,12 +211,17 @@ impl Lab {
             spec.hosts
                 .insert(format!("{service}.{SYSTEM}.svc.cluster.local"), address);
         }
-        spec.app = App::Command {
+        // It is held until its proxy has started, as its template asks for.
+        let (namespace, name) = (spec.namespace.clone(), spec.name.clone());
+        self.pod(spec.app(App::Nothing)).await?;
+        let app = App::Command {
             program: self.tools.rate_limit_service.clone(),
             args,
             env,
         };
-        self.pod(spec).await
+        let pod = self.running_mut(&namespace, &name)?;
+        pod.spec.app = app;
+        pod.start_app()
     }
 
     /// A pod as a Deployment's template asks for it, its arguments and its environment.

@@ -63,6 +63,7 @@ pub(super) fn filter(rules: &[&Rule], manner: Manner<'_>) -> Value {
         response,
         retry_after,
     } = manner;
+    let authority = cluster.rsplit('|').next().unwrap_or(cluster);
     let rate_limits: Vec<Value> = rules
         .iter()
         .map(|rule| json!({"actions": actions(&rule.parts)}))
@@ -78,7 +79,8 @@ pub(super) fn filter(rules: &[&Rule], manner: Manner<'_>) -> Value {
         // What only counts does so in the service, whose answer is the same either way.
         "filter_enforced": percent(100),
         "rate_limit_service": {
-            "grpc_service": {"envoy_grpc": {"cluster_name": cluster}, "timeout": TIMEOUT},
+            // A cluster's name is no authority that a server takes.
+            "grpc_service": {"envoy_grpc": {"cluster_name": cluster, "authority": authority}, "timeout": TIMEOUT},
             "transport_api_version": "V3",
         },
         "rate_limits": rate_limits,
