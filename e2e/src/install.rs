@@ -11,6 +11,7 @@ use crate::control_plane::kubeconfig;
 use crate::lab::{Lab, PATIENCE};
 use crate::pod::{App, PodSpec};
 use crate::pods::request;
+use crate::process::processor_time;
 use crate::wait::eventually;
 
 /// Where Fenceline lives.
@@ -190,16 +191,7 @@ impl Lab {
     /// Fails when it does not run.
     pub fn operator_cpu(&self, name: &str) -> anyhow::Result<std::time::Duration> {
         let id = self.running(SYSTEM, name)?.app_id()?;
-        let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))?;
-        // The name, in parentheses, may have spaces. Then utime and stime are the 12th and 13th (proc_pid_stat(5)).
-        let fields = stat.rsplit_once(") ").context("no stat")?.1.split(' ');
-        let ticks: u64 = fields
-            .skip(11)
-            .take(2)
-            .filter_map(|field| field.parse::<u64>().ok())
-            .sum();
-        let per_second = rustix::param::clock_ticks_per_second();
-        Ok(std::time::Duration::from_millis(ticks * 1000 / per_second))
+        processor_time(id)
     }
 
     /// A metric of the operator, summed over the series whose labels contain `labels`.

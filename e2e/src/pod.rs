@@ -358,6 +358,17 @@ impl Pod {
         Ok(())
     }
 
+    /// The processor time that Envoy has had.
+    ///
+    /// # Errors
+    /// Fails when there is none.
+    pub fn envoy_time(&self) -> anyhow::Result<Duration> {
+        let sidecar = self.sidecar.as_ref().context("a sidecar")?;
+        let children = sidecar.children()?;
+        let envoy = children.first().context("no Envoy")?;
+        crate::process::processor_time(envoy.as_raw_nonzero().get().try_into()?)
+    }
+
     /// Kills the proxy, and the agent that would start it again.
     ///
     /// # Errors

@@ -116,6 +116,23 @@ impl Process {
     }
 }
 
+/// The processor time that a process has had, in all its threads.
+///
+/// # Errors
+/// Fails when it has ended.
+pub fn processor_time(id: u32) -> anyhow::Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat"))?;
+    // The name, in parentheses, may have spaces. Then utime and stime are the 12th and 13th (proc_pid_stat(5)).
+    let fields = stat.rsplit_once(") ").context("no stat")?.1.split(' ');
+    let ticks: u64 = fields
+        .skip(11)
+        .take(2)
+        .filter_map(|field| field.parse::<u64>().ok())
+        .sum();
+    let per_second = rustix::param::clock_ticks_per_second();
+    Ok(Duration::from_millis(ticks * 1000 / per_second))
+}
+
 /// The last lines of a file.
 pub fn tail(path: &Path, lines: usize) -> String {
     let text = std::fs::read(path).unwrap_or_default();

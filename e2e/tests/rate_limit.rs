@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use fenceline_e2e::app::Flooded;
+use fenceline_e2e::app::{Flood, Flooded, flood};
 use fenceline_e2e::fences::Name;
 use fenceline_e2e::install::OPERATOR;
 use fenceline_e2e::limits::{Kind, RATE_LIMIT_SERVICE, REDIS};
@@ -325,7 +325,7 @@ fn what_limits_admit_in_each_proxy_and_across_replicas() {
                 .context("a status")?;
             anyhow::ensure!(status.replicas == Some(replicas), "{status:?}");
         }
-        Ok(())
+        scaled_under_load(lab).await
     });
 }
 
@@ -349,6 +349,43 @@ fn what_global_limits_admit_and_what_becomes_of_requests_when_a_part_is_away() {
     });
 }
 
+/// One more replica comes while requests do: none fails, and with each bucket that begins anew a burst at most is let through beyond the rate.
+async fn scaled_under_load(lab: &mut Lab) -> anyhow::Result<()> {
+    let calls = lab.calls("shop", "inner:80", &[Kind::get("/any")]).await?;
+    let control = lab.running("shop", "client-0")?.control().to_owned();
+    let order = Flood {
+        calls,
+        connections: 16,
+        per_second: LIMIT * 10,
+        time: Duration::from_secs(12),
+    };
+    let load = tokio::spawn(async move { flood(&control, &order).await });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    lab.pod(of("inner", 4).http(80)).await?;
+    eventually(PATIENCE, "the quota is divided by five", async || {
+        let status = lab.get_rate_limit(("shop", "inner")).await?.status;
+        let replicas = status.and_then(|status| status.replicas);
+        anyhow::ensure!(replicas == Some(5), "{replicas:?}");
+        Ok(())
+    })
+    .await?;
+    let flooded = load.await??;
+    let (admitted, rejected) = (flooded.of(0, 200), flooded.of(0, 429));
+    let due = due("AcrossReplicas", flooded.time);
+    println!(
+        "scaled from 4 to 5 under load: {:?}, {due:.0} due",
+        flooded.statuses[0]
+    );
+    anyhow::ensure!(admitted + rejected == flooded.all(0), "{flooded:?}");
+    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+    let admitted = admitted as f64;
+    anyhow::ensure!(
+        admitted > due * 0.9 && admitted < due * 1.1 + 2.0 * f64::from(LIMIT),
+        "{admitted} of {due}"
+    );
+    Ok(())
+}
+
 /// Ends parts of it, one at a time.
 async fn away(lab: &mut Lab) -> anyhow::Result<()> {
     for place in [Place::Outbound, Place::Gateway] {
@@ -368,6 +405,12 @@ async fn away(lab: &mut Lab) -> anyhow::Result<()> {
     };
     let statuses = |flooded: &Flooded| flooded.statuses[0].clone();
 
+    println!("== who is fenced and asks the rate limit service has it in scope");
+    lab.fence(("shop", "inner"), "{}").await?;
+    lab.until_reason(("shop", "inner"), "Enforced").await?;
+    let service = "fenceline-system/ratelimit.fenceline-system.svc.cluster.local";
+    lab.until_in_scope(("shop", "inner"), service).await?;
+
     lab.limited(limit, &spec("Allow", "")).await?;
     println!("== the operator is away: limits stay as they are");
     lab.running_mut("fenceline-system", OPERATOR)?
@@ -380,6 +423,14 @@ async fn away(lab: &mut Lab) -> anyhow::Result<()> {
     lab.running_mut("fenceline-system", OPERATOR)?.start_app()?;
     lab.operator_ready(OPERATOR).await?;
     lab.until_limit(limit, "InForce").await?;
+    let written = "kind=\"EnvoyFilter\"";
+    let objects = lab
+        .metric(OPERATOR, "fenceline_api_writes_total", written)
+        .await?;
+    anyhow::ensure!(
+        objects < 0.5,
+        "what is as it should be was written: {objects}"
+    );
 
     println!("== Redis is away, onUnavailable: Allow");
     lab.running_mut("fenceline-system", REDIS)?

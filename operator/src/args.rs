@@ -34,7 +34,7 @@ pub enum Command {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
-    /// Turns Slime's lazyload objects (ServiceFence, SlimeBoot, labels) into Fenceline's: YAML on standard output, and on
+    /// Turns Slime's objects (ServiceFence, SmartLimiter, SlimeBoot, labels) into Fenceline's: YAML on standard output, and on
     /// standard error of every field what became of it. Applies nothing.
     Migrate {
         /// Files with Slime's objects, as `kubectl get … -o yaml` prints them; `-` is standard input.

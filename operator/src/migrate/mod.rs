@@ -1,6 +1,7 @@
-//! From Slime (slime-io/slime, lazyload) to Fenceline: its objects in, ours out, and of every field what became of it.
+//! From Slime (slime-io/slime, lazyload and limiter) to Fenceline: its objects in, ours out, and of every field what became of it.
 
 mod fence;
+mod limiter;
 mod module;
 
 use jiff::Timestamp;
@@ -68,6 +69,7 @@ impl Migration {
         let group = group.split('/').next().unwrap_or_default();
         match (group, object["kind"].as_str().unwrap_or_default()) {
             ("microservice.slime.io", "ServiceFence") => fence::migrate(self, object, now),
+            ("microservice.slime.io", "SmartLimiter") => limiter::migrate(self, object),
             ("config.netease.com", "SlimeBoot") => module::migrate(self, object),
             (_, "Service" | "Namespace") => {
                 labels(self, object);
@@ -75,7 +77,7 @@ impl Migration {
             }
             _ if object.is_null() => Ok(()),
             _ => {
-                let what = "no object of Slime's lazyload; left as it is".to_owned();
+                let what = "no object of Slime's that is known here; left as it is".to_owned();
                 self.say(object, "", Fate::ByHand(what));
                 Ok(())
             }

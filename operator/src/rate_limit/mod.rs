@@ -153,6 +153,13 @@ pub async fn run(context: Arc<Context>) {
     }
 }
 
+/// Whether a RateLimit makes sense.
+#[cfg(test)]
+pub(crate) fn check(object: &RateLimit, world: &World) -> Result<(), String> {
+    let limit = valid::limit(object, world, "istio-system");
+    limit.map(drop).map_err(|invalid| invalid.to_string())
+}
+
 /// The RateLimit that an EnvoyFilter was written for.
 fn limit_of(filter: &EnvoyFilter) -> Option<Key> {
     let name = filter.labels().get(RATE_LIMIT_LABEL)?;

@@ -8,6 +8,7 @@ mod ingest;
 mod learn;
 mod numbers;
 mod plan;
+mod rate_limit;
 mod route_change;
 mod scope;
 
@@ -46,12 +47,14 @@ enum Bench {
     Restart(idle::Flags),
     /// A service's traffic moved from one version to another under load.
     RouteChange(route_change::Flags),
+    /// What limits cost one Envoy at full load.
+    RateLimit(rate_limit::Flags),
     /// The pure planner.
     Plan(plan::Flags),
 }
 
 /// In the order in which all of them run.
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     "plan",
     "ingest",
     "fence",
@@ -60,6 +63,7 @@ const NAMES: [&str; 9] = [
     "learn",
     "first-call",
     "route-change",
+    "rate-limit",
     "scope",
 ];
 
@@ -76,6 +80,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Idle(flags) => measured(async |lab| idle::idle(lab, flags).await)?,
         Bench::Restart(flags) => measured(async |lab| idle::restart(lab, flags).await)?,
         Bench::RouteChange(flags) => measured(async |lab| route_change::run(lab, flags).await)?,
+        Bench::RateLimit(flags) => measured(async |lab| rate_limit::run(lab, flags).await)?,
         Bench::Ingest(flags) => measured(async |lab| ingest::run(lab, flags).await)?,
         Bench::FirstCall(flags) => measured(async |lab| first_call::run(lab, flags).await)?,
     };
