@@ -492,6 +492,9 @@ impl Pod {
         {
             process.still_runs()?;
         }
+        if matches!(self.spec.app, App::Echo) {
+            anyhow::ensure!(self.control.exists(), "the application is not there yet");
+        }
         if self.spec.sidecar {
             let stats = self
                 .envoy("/stats?filter=listener_manager.workers_started")

@@ -1,13 +1,14 @@
 //! Things that are worked on one by one, each again when it changed or its time has come, several side by side but none twice at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::world::Key;
+use crate::world::{Key, World};
 
 /// How many are worked on side by side.
 const CONCURRENCY: usize = 16;
@@ -56,6 +57,33 @@ impl Due {
         if let Some(at) = at {
             self.put(service.clone(), at);
         }
+    }
+}
+
+/// Wakes whatever a change of the world concerns, at first all there is, for as long as it is polled. Changes wait for each other for so long.
+pub(crate) async fn wake_changed(
+    mut world: watch::Receiver<Arc<World>>,
+    wake: &mpsc::UnboundedSender<Key>,
+    coalesce: Duration,
+    all: impl Fn(&World) -> BTreeSet<Key>,
+    concerned: impl Fn(&World, &World) -> BTreeSet<Key>,
+) {
+    let mut then: Option<Arc<World>> = None;
+    loop {
+        let now = Arc::clone(&world.borrow_and_update());
+        let changed = match &then {
+            None => all(&now),
+            Some(then) => concerned(then, &now),
+        };
+        for key in changed {
+            // Nobody works on it once this replica no longer leads.
+            let _ = wake.send(key);
+        }
+        then = Some(now);
+        if world.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(coalesce).await;
     }
 }
 

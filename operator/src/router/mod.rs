@@ -55,26 +55,8 @@ pub struct Context {
 pub async fn run(context: Arc<Context>) {
     let (wake, woken) = mpsc::unbounded_channel();
     let hosts = &Hosts::new(Arc::clone(&context), wake.clone());
-    let changes = async {
-        let mut world = context.world.clone();
-        let mut then: Option<Arc<World>> = None;
-        loop {
-            let now = Arc::clone(&world.borrow_and_update());
-            let concerned = match &then {
-                None => all(&now),
-                Some(then) => concerned(then, &now),
-            };
-            for service in concerned {
-                // Nobody works on it once this replica no longer leads.
-                let _ = wake.send(service);
-            }
-            then = Some(now);
-            if world.changed().await.is_err() {
-                return;
-            }
-            tokio::time::sleep(COALESCE).await;
-        }
-    };
+    let world = context.world.clone();
+    let changes = work::wake_changed(world, &wake, COALESCE, all, concerned);
     let work = work::run(woken, async |service: &Key| hosts.reconcile(service).await);
     let view = view::run(&context);
     tokio::select! {

@@ -1,15 +1,19 @@
 //! Slime's SmartLimiter.
 
+mod expression;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use fenceline_crds::{
     Adaptive, Direction, GatewayTarget, LimitBy, LimitMatch, LimitResponse, LimitRule, LimitTarget,
-    Metric, PathMatch, PrometheusQuery, Quota, RateLimit, RateLimitSpec, Selector, Share,
-    ValueMatch,
+    Metric, PathMatch, Quota, RateLimit, RateLimitSpec, Selector, Share, ValueMatch,
 };
 use regex::Regex;
 use serde_json::Value;
 
+use self::expression::expression;
 use super::{Fate, Migration, fields};
 
 /// Slime's set for the whole service.
@@ -420,47 +424,6 @@ impl Descriptor<'_> {
     }
 }
 
-/// Slime's templates in CEL: `{{._base.cpu.max}}>10` is `metrics.cpu_max > 10.0`; `{{._base.pod}}` is the number of replicas.
-fn expression(text: &str, metrics: &mut Vec<Metric>) -> Option<String> {
-    let template = Regex::new(r"\{\{\s*\.([A-Za-z0-9_.-]+)\s*\}\}").ok()?;
-    let mut named = Vec::new();
-    let replaced = template.replace_all(text, |found: &regex::Captures<'_>| {
-        let path = found[1].trim_start_matches("_base.");
-        if path == "pod" {
-            return "double(replicas)".to_owned();
-        }
-        let name = path.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
-        named.push(name.clone());
-        format!("metrics.{name}")
-    });
-    // Its operators: | and & are `or` and `and`; its numbers are whole, and beside metrics CEL wants 10.0.
-    let number = Regex::new(r"(^|[^\w.])(\d+)($|[^\w.])").ok()?;
-    let mut cel = replaced
-        .replace("||", "|")
-        .replace("&&", "&")
-        .replace('|', " || ")
-        .replace('&', " && ");
-    while number.is_match(&cel) {
-        cel = number.replace(&cel, "${1}${2}.0${3}").into_owned();
-    }
-    let known = Regex::new(r"^[\w\s.()+*/<>&|=-]+$").ok()?;
-    if !known.is_match(&cel) || cel.trim().is_empty() {
-        return None;
-    }
-    for name in named {
-        let metric = Metric {
-            prometheus: PrometheusQuery {
-                query: format!("TODO_query_of_{name}"),
-            },
-            name,
-        };
-        if !metrics.contains(&metric) {
-            metrics.push(metric);
-        }
-    }
-    Some(cel.trim().to_owned())
-}
-
 /// Text, or a number as text.
 fn text(value: &Value) -> String {
     match value {
@@ -481,91 +444,5 @@ fn per(value: &Value) -> Option<String> {
         (0, 0) => None,
         (seconds, 0) => Some(format!("{seconds}s")),
         (seconds, millis) => Some(format!("{}ms", seconds * 1000 + millis)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::migrate::migrate;
-    use jiff::Timestamp;
-
-    const SMART: &str = r"
-apiVersion: microservice.slime.io/v1alpha2
-kind: SmartLimiter
-metadata: {name: reviews, namespace: default}
-spec:
-  sets:
-    _base:
-      descriptor:
-      - condition: 'true'
-        action: {quota: '100/{{._base.pod}}', fill_interval: {seconds: 1}, strategy: average}
-        target: {port: 9080}
-      - condition: '{{._base.cpu.sum}}>10'
-        action: {quota: 5, fill_interval: {seconds: 60}, strategy: single, headers_to_add: [{key: x-limited, value: 'yes'}]}
-        match:
-        - {name: ':path', prefix_match: /api}
-        - {name: ':method', exact_match: GET}
-        - {name: x-user, present_match_separate: true}
-        - {matchSource: SourceIpMatch, exact_match: '10.0.0.1,10.0.0.2'}
-        - {name: name, matchSource: QueryMatch, suffix_match: son}
-        target: {port: 9080}
-      - condition: 'true'
-        action: {quota: '10', fill_interval: {seconds: 60}, strategy: global}
-        target: {direction: outbound, host: ['ratings.default.svc.cluster.local:9080']}
-      - condition: 'true'
-        action: {quota: '1000/{{._base.rt99}}', fill_interval: {seconds: 1}, strategy: single}
-    v1:
-      descriptor:
-      - {condition: 'true', action: {quota: 1, fill_interval: {seconds: 1}, strategy: single}}
-";
-
-    #[test]
-    fn every_field_of_a_smart_limiter_has_a_fate() {
-        let migration = migrate(SMART, Timestamp::UNIX_EPOCH).unwrap();
-        let report: Vec<String> = migration.report.iter().map(ToString::to_string).collect();
-        for says in [
-            "descriptor[0].action.quota: became limit.requests, of all replicas together",
-            "descriptor[0].action.strategy: became spec.share: AcrossReplicas",
-            "descriptor[1].condition: TO DO: when: metrics.cpu_sum>10.0",
-            "descriptor[1].match[2]: became by",
-            "descriptor[3].action.quota: TO DO: 1000/{{._base.rt99}} became adaptive.requests: 1000.0/metrics.rt99",
-            "spec.sets[v1].descriptor[0]: TO DO: a limit for the subset v1 alone",
-        ] {
-            assert!(
-                report.iter().any(|line| line.contains(says)),
-                "{says}: {report:#?}"
-            );
-        }
-        let limits: Vec<RateLimit> = migration
-            .objects
-            .iter()
-            .map(|text| serde_yaml::from_str(text).unwrap())
-            .collect();
-        assert_eq!(limits.len(), 4, "{:#?}", migration.objects);
-        let mut world = crate::testing::world();
-        crate::testing::service(&mut world, "default", "reviews", "{}");
-        for limit in &limits {
-            crate::rate_limit::check(limit, &world).unwrap();
-        }
-        let with = |share: Share, port| {
-            let mut all = limits.iter();
-            &all.find(|one| one.spec.share == share && one.spec.port == port)
-                .unwrap()
-                .spec
-        };
-        let detailed = &with(Share::PerReplica, Some(9080)).rules[0];
-        let matches = detailed.matches.as_ref().unwrap();
-        assert_eq!(matches.methods, ["GET"]);
-        assert_eq!(matches.cidrs, ["10.0.0.1", "10.0.0.2"]);
-        assert_eq!(matches.query[0].regex.as_deref(), Some(".*son"));
-        assert_eq!(detailed.by[0].header.as_deref(), Some("x-user"));
-        assert_eq!(detailed.limit.per, "60s");
-        let global = with(Share::Global, None);
-        assert_eq!(
-            global.to.as_deref(),
-            Some("ratings.default.svc.cluster.local")
-        );
-        assert_eq!(global.direction, Direction::Outbound);
     }
 }
