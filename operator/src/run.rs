@@ -287,6 +287,9 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
                 () = forget(retention.as_ref(), &world) => {}
             }
             metrics.leader.set(0);
+            // Of these only the leader knows.
+            metrics.limited.set(0);
+            metrics.unready_limits.set(0);
             tracing::warn!("this replica no longer acts");
         }
     };

@@ -122,6 +122,50 @@ fn limits_of_two_teams_on_one_path_and_what_rejections_look_like() {
 }
 
 #[test]
+fn a_bucket_for_each_caller_address_and_parameter() {
+    fenceline_e2e::test(async |lab| {
+        mesh(lab).await?;
+        let friend = ("shop", "friend");
+        lab.pod(PodSpec::new(friend.0, friend.1)).await?;
+        let rule = |name: &str, by: &str| {
+            format!(
+                "{{name: {name}, match: {{path: {{exact: /{name}}}}}, by: [{by}], limit: {{requests: 10, per: 1s}}}}"
+            )
+        };
+        let spec = format!(
+            "{{target: {{service: cart}}, rules: [{}, {}, {}]}}",
+            rule("caller", "{principal: {}}"),
+            rule("address", "{remoteAddress: {}}"),
+            rule("parameter", "{query: user}")
+        );
+        lab.limited(("shop", "cart"), &spec).await?;
+        let kinds = [
+            Kind::get("/caller"),
+            Kind::get("/address"),
+            Kind::get("/parameter?user=ann"),
+            Kind::get("/parameter?x=1&user=bob"),
+        ];
+        let calls = lab.calls("shop", "cart:80", &kinds).await?;
+        let time = Duration::from_secs(5);
+        let (one, other) = tokio::try_join!(
+            lab.flood(CLIENT, calls.clone(), 100, time),
+            lab.flood(friend, calls, 100, time)
+        )?;
+        println!("client: {:?}\nfriend: {:?}", one.statuses, other.statuses);
+        for flooded in [&one, &other] {
+            for (kind, what) in ["caller", "address"].into_iter().enumerate() {
+                within(flooded.of(kind, 200), 60.0, 0.05).with_context(|| what.to_owned())?;
+            }
+        }
+        // Of these two there is one bucket each, whoever calls.
+        for kind in [2, 3] {
+            within(one.of(kind, 200) + other.of(kind, 200), 60.0, 0.05)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn what_proxies_refuse_is_taken_back_and_no_request_fails() {
     fenceline_e2e::test(async |lab| {
         mesh(lab).await?;

@@ -29,19 +29,7 @@ pub(super) struct Part {
 /// Everything that a rule looks at, in order; `authority` is a regular expression for the host.
 pub(super) fn parts(rule: &LimitRule, authority: Option<&str>) -> Result<Vec<Part>, Invalid> {
     let given = rule.matches.clone().unwrap_or_default();
-    let mut parts = vec![Part {
-        action: json!({"generic_key": {"descriptor_key": RULE, "descriptor_value": rule.name}}),
-        key: RULE.to_owned(),
-        value: Some(rule.name.clone()),
-    }];
-    let headers = headers(&given, authority)?;
-    if !headers.is_empty() {
-        parts.push(yes(
-            "match",
-            "header_value_match",
-            json!({"headers": headers}),
-        ));
-    }
+    let mut parts = vec![of_rule(&rule.name, &headers(&given, authority)?)];
     if !given.query.is_empty() {
         let query = given.query.iter().enumerate().map(|(index, one)| {
             let matcher = value(one, &format!("match.query[{index}]"))?;
@@ -80,6 +68,23 @@ pub(super) fn parts(rule: &LimitRule, authority: Option<&str>) -> Result<Vec<Par
     Ok(parts)
 }
 
+/// The entry that names the rule. Where the rule looks at headers it is theirs, so that Envoy looks at nothing else of a request that does not fit:
+/// of fifty rules, most do not.
+fn of_rule(name: &str, headers: &[Value]) -> Part {
+    let mut fields = json!({"descriptor_key": RULE, "descriptor_value": name});
+    let action = if headers.is_empty() {
+        json!({"generic_key": fields})
+    } else {
+        fields["headers"] = json!(headers);
+        json!({"header_value_match": fields})
+    };
+    Part {
+        action,
+        key: RULE.to_owned(),
+        value: Some(name.to_owned()),
+    }
+}
+
 /// An action that gives an entry if the request fits.
 fn yes(key: &str, action: &str, mut fields: Value) -> Part {
     fields["descriptor_key"] = json!(key);
@@ -91,26 +96,9 @@ fn yes(key: &str, action: &str, mut fields: Value) -> Part {
     }
 }
 
-/// Method, path, host and headers, which Envoy matches all alike.
+/// Path, headers, host and method, which Envoy matches all alike, one after the other until one does not fit: what tells most comes first.
 fn headers(given: &LimitMatch, authority: Option<&str>) -> Result<Vec<Value>, Invalid> {
     let mut all = Vec::new();
-    if let Some(regex) = authority {
-        all.push(named(
-            ":authority",
-            string("safe_regex", &json!({"regex": regex})),
-        ));
-    }
-    match given.methods.as_slice() {
-        [] => {}
-        [method] => all.push(named(":method", string("exact", &json!(method)))),
-        methods => {
-            let regex = methods.join("|");
-            all.push(named(
-                ":method",
-                string("safe_regex", &json!({"regex": regex})),
-            ));
-        }
-    }
     if let Some(wanted) = &given.path {
         let found = |field: &str, why| Invalid::new(format!("match.path.{field}"), why);
         let matcher = if let Some(exact) = &wanted.exact {
@@ -129,6 +117,19 @@ fn headers(given: &LimitMatch, authority: Option<&str>) -> Result<Vec<Value>, In
     for (index, one) in given.headers.iter().enumerate() {
         let matcher = value(one, &format!("match.headers[{index}]"))?;
         all.push(named(&one.name.to_ascii_lowercase(), matcher));
+    }
+    if let Some(regex) = authority {
+        let matcher = string("safe_regex", &json!({"regex": regex}));
+        all.push(named(":authority", matcher));
+    }
+    match given.methods.as_slice() {
+        [] => {}
+        [method] => all.push(named(":method", string("exact", &json!(method)))),
+        methods => {
+            let regex = methods.join("|");
+            let matcher = string("safe_regex", &json!({"regex": regex}));
+            all.push(named(":method", matcher));
+        }
     }
     Ok(all)
 }
@@ -282,7 +283,6 @@ mod tests {
             keys,
             [
                 ("rule", Some("all")),
-                ("match", Some("fits")),
                 ("query", Some("fits")),
                 ("principal-match", Some("true")),
                 ("address", Some("fits")),
@@ -292,21 +292,21 @@ mod tests {
             ]
         );
         assert_eq!(
-            all[1].action["header_value_match"]["headers"],
+            all[0].action["header_value_match"]["headers"],
             json!([
-                {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}},
                 {"name": ":path", "string_match": {"prefix": "/search"}},
                 {"name": "x-tier", "string_match": {"exact": "free"}},
                 {"name": "debug", "present_match": false},
+                {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}},
             ])
         );
         assert_eq!(
-            all[3].action["extension"]["typed_config"]["text"],
+            all[2].action["extension"]["typed_config"]["text"],
             "connection.uri_san_peer_certificate == \"spiffe://cluster.local/ns/shop/sa/cart\" || \
              connection.uri_san_peer_certificate.startsWith(\"spiffe://cluster.local/ns/bank/\")"
         );
         assert_eq!(
-            all[4].action["remote_address_match"]["address_matcher"]["ranges"][1],
+            all[3].action["remote_address_match"]["address_matcher"]["ranges"][1],
             json!({"address_prefix": "::1", "prefix_len": 128})
         );
     }

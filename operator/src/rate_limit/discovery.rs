@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::services::{self, Ledger};
-use super::valid;
+use super::{global, valid};
 use crate::fence::Settings;
 use crate::observe::peer::Door;
 use crate::world::World;
@@ -128,17 +128,17 @@ async fn serve(
     }
 }
 
-/// What the services must know, by its name. A RateLimit that makes no sense is left out.
-fn configs(world: &World, settings: &Settings) -> Configs {
+/// What the services must know, by its name; nothing is known of a RateLimit that makes no sense.
+fn configs(world: &World, settings: &Settings) -> BTreeMap<String, Option<RateLimitConfig>> {
     let global = world
         .rate_limits
         .iter()
         .filter(|(_, limit)| limit.spec.share == Share::Global);
-    let configs = global.filter_map(|(_, object)| {
-        let limit = valid::limit(object, world, &settings.root_namespace).ok()?;
+    let configs = global.map(|(key, object)| {
+        let limit = valid::limit(object, world, &settings.root_namespace).ok();
         let rules = object.status.as_ref().map(|status| status.rules.as_slice());
-        let config = services::config(&limit, rules.unwrap_or_default());
-        Some((config.name.clone(), config))
+        let config = limit.map(|limit| services::config(&limit, rules.unwrap_or_default()));
+        (global::domain(key), config)
     });
     configs.collect()
 }
@@ -156,8 +156,14 @@ struct Session {
 }
 
 impl Session {
-    fn want(&mut self, configs: Configs) {
-        self.wanted = configs;
+    /// What makes no sense any more stays as it was.
+    fn want(&mut self, configs: BTreeMap<String, Option<RateLimitConfig>>) {
+        let before = std::mem::take(&mut self.wanted);
+        let wanted = configs.into_iter().filter_map(|(name, config)| {
+            let config = config.or_else(|| before.get(&name).cloned())?;
+            Some((name, config))
+        });
+        self.wanted = wanted.collect();
         let wanted = &self.wanted;
         self.refused.retain(|name, (hash, _)| {
             wanted
@@ -264,9 +270,9 @@ mod tests {
         }
     }
 
-    fn wanted(all: &[(&str, u32)]) -> Configs {
+    fn wanted(all: &[(&str, u32)]) -> BTreeMap<String, Option<RateLimitConfig>> {
         all.iter()
-            .map(|(name, requests)| ((*name).to_owned(), config(name, *requests)))
+            .map(|(name, requests)| ((*name).to_owned(), Some(config(name, *requests))))
             .collect()
     }
 
@@ -290,6 +296,9 @@ mod tests {
         assert_eq!(sent(&mut session), Some(("2".into(), 1)));
         assert!(!session.answered("1", None), "old news");
         assert!(session.answered("2", None));
+        assert_eq!(sent(&mut session), None);
+        // A RateLimit that makes no sense for the moment.
+        session.want([("shop/a".to_owned(), None)].into());
         assert_eq!(sent(&mut session), None);
         let has = &session.standing("rls@a")["shop/a"];
         assert_eq!(has.accepted, Some(services::hash(&config("shop/a", 1))));

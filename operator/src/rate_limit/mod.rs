@@ -171,7 +171,7 @@ impl Limits {
                 Err(invalid) => (Report::invalid(&invalid), RESYNC),
                 Ok(limit) => self.keep(object, &limit, &world, now).await,
             };
-        self.note_unready(key, &report.standing);
+        self.note(key, &report.standing);
         let namespace = &self.context.operator;
         let gone = |replica: &str| {
             // Replicas that are not pods, as on somebody's own machine, are nobody's to judge.
@@ -244,7 +244,6 @@ impl Limits {
         let filters = plan::filters(limit, &in_force);
         let (standing, mark) = self.carry_out(object, limit, &filters, world).await;
         let limited = self.readings.limited(&limit.key, &filters).await;
-        self.count();
         let next = match &standing {
             Standing::OnTheWay(..) => ASK,
             Standing::Failing(_) => RETRY,
@@ -357,20 +356,18 @@ impl Limits {
         decisions
     }
 
-    fn note_unready(&self, key: &Key, standing: &Standing) {
-        let unready = {
-            let mut memory = self.lock();
-            memory.entry(key.clone()).or_default().unready = !standing.is_well();
-            memory.values().filter(|of| of.unready).count()
-        };
-        self.context
-            .metrics
-            .unready_limits
-            .set(i64::try_from(unready).unwrap_or(i64::MAX));
+    fn note(&self, key: &Key, standing: &Standing) {
+        let mut memory = self.lock();
+        memory.entry(key.clone()).or_default().unready = !standing.is_well();
+        drop(memory);
+        self.count();
     }
 
     fn count(&self) {
-        let total = i64::try_from(self.readings.total()).unwrap_or(i64::MAX);
-        self.context.metrics.limited.set(total);
+        let unready = self.lock().values().filter(|of| of.unready).count();
+        let metrics = &self.context.metrics;
+        let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        metrics.unready_limits.set(number(unready as u64));
+        metrics.limited.set(number(self.readings.total()));
     }
 }

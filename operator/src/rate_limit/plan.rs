@@ -187,7 +187,12 @@ fn retry_after(rate: Rate, limit: &Limit, in_force: &InForce<'_>) -> u64 {
 fn filter(rules: &[(&Rule, Rate)], limit: &Limit, in_force: &InForce<'_>) -> Filter {
     let named = rules.iter().map(|(rule, _)| rule.name.clone());
     let (first, rate) = rules[0];
-    let name = format!("{PREFIX}{}/{}", limit.key, first.name);
+    // A name has content of one type: a listener that is on its way out still takes it in.
+    let kind = match limit.share {
+        Share::Global => "/global",
+        Share::PerReplica | Share::AcrossReplicas => "",
+    };
+    let name = format!("{PREFIX}{}/{}{kind}", limit.key, first.name);
     let stat_prefix = stat_prefix(limit, &name);
     let response = &first.response;
     let retry_after = retry_after(rate, limit, in_force);
@@ -295,6 +300,7 @@ fn patches(filter: &Filter, limit: &Limit) -> [Value; 2] {
     if let Some(port) = limit.port {
         listener["portNumber"] = json!(port);
     }
+    // What is off is of the first type.
     let mut types = vec![json!(local::TYPE)];
     if config["@type"] != local::TYPE {
         types.push(config["@type"].clone());

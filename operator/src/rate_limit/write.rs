@@ -26,6 +26,8 @@ const SAID_AFTER: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(15);
 /// What is waited for first.
 const OPENING: &str = "its place in the proxies' listeners is on its way";
+/// What may be wrong where a proxy does not get it for long.
+const NEVER_ASKED: &str = "; a proxy without an HTTP listener that the limit is for never asks for it: look at spec.port, and at the ports' protocols";
 /// How long a change waits where nobody can be asked.
 const UNSEEN: Duration = Duration::from_secs(5);
 
@@ -237,7 +239,11 @@ impl Limits {
             Seen::Waits(why) => match on_the_way {
                 // A proxy that is connected, but of which nothing came since, began lately or moved to another istiod.
                 None => Standing::InForce("every proxy had it".to_owned()),
-                Some(it) => Standing::OnTheWay(why, it.since.elapsed() > SAID_AFTER),
+                Some(it) => {
+                    let time = it.since.elapsed();
+                    let hint = if time > PATIENCE { NEVER_ASKED } else { "" };
+                    Standing::OnTheWay(format!("{why}{hint}"), time > SAID_AFTER)
+                }
             },
             Seen::Everywhere(proxies) => {
                 if let Some(it) = &on_the_way {
