@@ -91,7 +91,10 @@ fn a_killed_lab_leaves_nothing_behind() {
     }
     // The test as a user starts it, so that what is killed is the outermost process.
     let mut lab = Command::new(std::env::current_exe().unwrap())
-        .args(["pods_call_each_other_under_their_own_identity", "--exact"])
+        .args([
+            "lab::pods_call_each_other_under_their_own_identity",
+            "--exact",
+        ])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

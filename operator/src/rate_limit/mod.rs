@@ -56,9 +56,10 @@ const COALESCE: Duration = Duration::from_millis(50);
 /// What was missed is healed this often, and proxies are asked again whether they have it.
 const RESYNC: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(2);
-/// How often proxies are asked while something is on its way to them.
+/// How often proxies are asked while something is on its way to them; then more and more rarely: an answer is megabytes where there are thousands.
 const ASK: Duration = Duration::from_millis(250);
 const ASK_RARELY: Duration = Duration::from_secs(2);
+const ASK_SELDOM: Duration = Duration::from_secs(15);
 /// What the controller works with.
 pub struct Context {
     pub world: watch::Receiver<Arc<World>>,
@@ -245,8 +246,9 @@ impl Limits {
         let (standing, mark) = self.carry_out(object, limit, &filters, world).await;
         let limited = self.readings.limited(&limit.key, &filters).await;
         let next = match &standing {
-            Standing::OnTheWay(..) => ASK,
+            Standing::OnTheWay(..) => self.pace(&limit.key),
             Standing::Failing(_) => RETRY,
+            Standing::Unsupported(_) => ASK_SELDOM,
             Standing::InForce(_)
                 if self
                     .lock()
@@ -354,6 +356,18 @@ impl Limits {
                 .collect(),
         );
         decisions
+    }
+
+    /// How soon to look again at what is on its way.
+    fn pace(&self, key: &Key) -> Duration {
+        let memory = self.lock();
+        let since = memory.get(key).and_then(|of| of.on_the_way.as_ref());
+        match since.map(OnTheWay::elapsed) {
+            Some(time) if time < ASK_RARELY * 3 => ASK,
+            Some(time) if time < ASK_SELDOM * 2 => ASK_RARELY,
+            // What waits for something else, as for a rate limit service, is told by a change.
+            _ => ASK_SELDOM,
+        }
     }
 
     fn note(&self, key: &Key, standing: &Standing) {

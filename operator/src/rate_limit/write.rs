@@ -12,7 +12,7 @@ use super::plan::{self, Filter};
 use super::proxies::{self, Before, Seen};
 use super::report::Standing;
 use super::valid::Limit;
-use super::{ASK, ASK_RARELY, Limits, services};
+use super::{ASK_SELDOM, Limits, services};
 use crate::apply;
 use crate::note::{self, Note};
 use crate::router::plan::short_hash;
@@ -40,6 +40,12 @@ pub(super) struct OnTheWay {
     before: Before,
     /// When every proxy had it first.
     everywhere: Option<Instant>,
+}
+
+impl OnTheWay {
+    pub(super) fn elapsed(&self) -> Duration {
+        self.since.elapsed()
+    }
 }
 
 /// What was refused is not tried again until another spec is wanted, or another Fenceline makes something else of it.
@@ -70,7 +76,7 @@ impl Limits {
         {
             return (Standing::Refused(why), None);
         }
-        let said = self.proxies.said(world, ASK).await;
+        let said = self.proxies.said(world, ASK_SELDOM).await;
         if let Some(why) = proxies::unsupported(limit, world, &said) {
             return (Standing::Unsupported(why), None);
         }
@@ -226,13 +232,11 @@ impl Limits {
             .get(&limit.key)
             .and_then(|of| of.on_the_way.clone());
         let on_the_way = on_the_way.filter(|it| it.mark == mark);
-        let waits = on_the_way
-            .as_ref()
-            .is_some_and(|it| it.everywhere.is_none());
-        let said = self
-            .proxies
-            .said(world, if waits { ASK / 2 } else { ASK_RARELY })
-            .await;
+        let no_older_than = match &on_the_way {
+            Some(_) => self.pace(&limit.key) / 2,
+            None => ASK_SELDOM,
+        };
+        let said = self.proxies.said(world, no_older_than).await;
         let before = on_the_way.as_ref().map(|it| &it.before);
         match proxies::look(limit, filters, world, &said, before) {
             Seen::Refused(why) => Standing::Refused(why),
