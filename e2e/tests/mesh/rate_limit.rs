@@ -10,8 +10,8 @@ use fenceline_e2e::limits::{Kind, RATE_LIMIT_SERVICE, REDIS};
 use fenceline_e2e::wait::eventually;
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 
-/// Requests a second, and at once.
-const LIMIT: u32 = 20;
+/// Requests a second, and at once: what four replicas can divide.
+const LIMIT: u32 = 12;
 const TIME: Duration = Duration::from_secs(5);
 /// Callers are called `client-0` and so on.
 const CLIENT: &str = "client";
@@ -62,15 +62,15 @@ impl Place {
     }
 }
 
-const PRINCIPAL: &str = "{name: principal, match: {path: {exact: /principal}, principals: [cluster.local/ns/shop/sa/client]}, limit: {requests: 20, per: 1s}}, ";
+const PRINCIPAL: &str = "{name: principal, match: {path: {exact: /principal}, principals: [cluster.local/ns/shop/sa/client]}, limit: {requests: 12, per: 1s}}, ";
 
 /// Rules that look at something of a request each, and the requests that they are for; then requests that nobody limits.
 fn rules() -> String {
     format!(
-        "{PRINCIPAL}{{name: prefix, match: {{path: {{prefix: /prefix}}}}, limit: {{requests: 20, per: 1s}}}}, \
-         {{name: regex, match: {{path: {{regex: '/regex/[^x]+'}}}}, limit: {{requests: 20, per: 1s}}}}, \
-         {{name: header, match: {{headers: [{{name: x-tier, exact: free}}]}}, limit: {{requests: 20, per: 1s}}}}, \
-         {{name: user, match: {{methods: [GET], path: {{exact: /user}}}}, by: [{{header: x-user}}], limit: {{requests: 20, per: 1s}}}}"
+        "{PRINCIPAL}{{name: prefix, match: {{path: {{prefix: /prefix}}}}, limit: {{requests: 12, per: 1s}}}}, \
+         {{name: regex, match: {{path: {{regex: '/regex/[^x]+'}}}}, limit: {{requests: 12, per: 1s}}}}, \
+         {{name: header, match: {{headers: [{{name: x-tier, exact: free}}]}}, limit: {{requests: 12, per: 1s}}}}, \
+         {{name: user, match: {{methods: [GET], path: {{exact: /user}}}}, by: [{{header: x-user}}], limit: {{requests: 12, per: 1s}}}}"
     )
 }
 
@@ -97,7 +97,7 @@ const FREE: [(&str, Kind); 3] = [
     ("no user", Kind::get("/user")),
 ];
 
-const WHOLE: &str = "{name: whole, limit: {requests: 20, per: 1s}}";
+const WHOLE: &str = "{name: whole, limit: {requests: 12, per: 1s}}";
 
 /// A row of the table that the test prints.
 fn row(share: &str, place: Place, what: &str, offered: u64, admitted: u64, due: f64) -> f64 {
