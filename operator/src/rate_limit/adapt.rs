@@ -49,7 +49,6 @@ pub(super) fn decide(
         since: Some(Time(now)),
         ..RuleStatus::default()
     };
-    let old = old.filter(|_| rule.when.is_some() || rule.adaptive.is_some());
     let before = old.cloned().unwrap_or_else(|| begins.clone());
     let mut decision = Decision {
         status: RuleStatus {
@@ -68,6 +67,9 @@ pub(super) fn decide(
     }
     if rule.when.is_none() {
         status.active = true;
+    }
+    if rule.when.is_none() && rule.adaptive.is_none() {
+        status.inputs = BTreeMap::new();
     }
     // Whoever leads next goes by what was said, so that no step comes too soon.
     let rested = old.is_none_or(|old| has_rested(old, rule.every, now));
@@ -327,6 +329,21 @@ mod tests {
             self::rule(&ADAPTIVE.replace("staleAfter: 2m", "staleAfter: 2m, onStale: Declared"));
         let late = decide(&back, Some(&before), &missing(120), at(120));
         assert_eq!(late.status.effective, 100);
+    }
+
+    #[test]
+    fn a_limit_that_does_not_move_says_the_same_for_ever() {
+        let rule = rule("{name: plain, limit: {requests: 5, per: 1s}}");
+        let first = decide(&rule, None, &Known::default(), at(0)).status;
+        assert_eq!(first.since, Some(Time(at(0))));
+        let later = decide(&rule, Some(&first), &reads(3.0), at(600)).status;
+        assert_eq!(later, first);
+        let moved = RuleStatus {
+            effective: 9,
+            ..first
+        };
+        let back = decide(&rule, Some(&moved), &reads(3.0), at(600)).status;
+        assert_eq!((back.effective, back.since), (5, Some(Time(at(600)))));
     }
 
     #[test]
