@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use reqwest::header::{HeaderName, HeaderValue};
 
+use crate::bounds::Bounds;
 use crate::fence::Settings;
 use crate::world::Key;
 
@@ -167,6 +168,8 @@ pub struct MeshArgs {
         default_value = "cluster.local"
     )]
     pub cluster_domain: String,
+    #[command(flatten)]
+    pub bounds: Bounds,
 }
 
 impl MeshArgs {
@@ -184,6 +187,7 @@ impl MeshArgs {
             rate_limit_service,
             rate_limit_port,
             cluster_domain,
+            bounds,
         } = self;
         Settings {
             global_proxy,
@@ -197,6 +201,7 @@ impl MeshArgs {
             mesh_config,
             rate_limit_service,
             rate_limit_port,
+            bounds,
         }
     }
 }

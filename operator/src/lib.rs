@@ -7,6 +7,7 @@ pub mod admin;
 pub mod adopt;
 pub mod apply;
 pub mod args;
+pub mod bounds;
 pub mod budget;
 pub mod clock;
 pub mod deputy;

@@ -46,6 +46,12 @@ pub fn outcome(outcome: &'static str) -> Outcome {
     Outcome { outcome }
 }
 
+/// A bound of docs/bounds.md.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Bound {
+    bound: &'static str,
+}
+
 /// The process's metrics.
 #[derive(Debug)]
 pub struct Metrics {
@@ -73,6 +79,10 @@ pub struct Metrics {
     pub objects: Family<Kind, Gauge>,
     pub leader: Gauge<i64, std::sync::atomic::AtomicI64>,
     pub reconcile_errors: Counter,
+    /// How much is over a bound at the moment: objects, namespaces or hosts, as docs/bounds.md says of each.
+    pub over_bound: Family<Bound, Gauge>,
+    /// How often something was dropped or refused since it was over a bound.
+    pub dropped: Family<Bound, Counter>,
     /// From an access log entry's arrival to the Sidecar being stored.
     pub learning: Histogram,
     /// Writes of learnt dependencies that wait for the API.
@@ -98,6 +108,8 @@ impl Default for Metrics {
             objects: Family::default(),
             leader: Gauge::default(),
             reconcile_errors: Counter::default(),
+            over_bound: Family::default(),
+            dropped: Family::default(),
             learning: Histogram::new(exponential_buckets(0.005, 1.5, 16)),
             waiting: Gauge::default(),
             api: ApiHealth::default(),
@@ -124,6 +136,8 @@ impl Metrics {
             objects,
             leader,
             reconcile_errors,
+            over_bound,
+            dropped,
             learning,
             waiting,
             api: _,
@@ -172,11 +186,26 @@ impl Metrics {
             "Failed reconciliations",
             reconcile_errors.clone(),
         );
+        let help = "What is over a bound at the moment, by bound";
+        registry.register("over_bound", help, over_bound.clone());
+        let help = "What was dropped or refused since it was over a bound, by bound";
+        registry.register("dropped", help, dropped.clone());
         let help = "From an access log entry's arrival to its host being stored in a Sidecar";
         registry.register_with_unit("learning", help, Unit::Seconds, learning.clone());
         let help = "Learnt dependencies that are not stored yet";
         registry.register("unsaved_dependencies", help, waiting.clone());
         registry
+    }
+
+    /// So much is over a bound now.
+    pub fn is_over(&self, bound: &'static str, count: usize) {
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        self.over_bound.get_or_create(&Bound { bound }).set(count);
+    }
+
+    /// Something was dropped or refused, since it was over a bound.
+    pub fn drop_over(&self, bound: &'static str) {
+        self.dropped.get_or_create(&Bound { bound }).inc();
     }
 
     /// Something was reported, with this outcome.

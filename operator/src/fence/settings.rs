@@ -1,5 +1,6 @@
 //! What is known of the installation from the start.
 
+use crate::bounds::Bounds;
 use crate::world::{Host, Key};
 
 /// What the planner must know of the installation.
@@ -25,6 +26,7 @@ pub struct Settings {
     pub rate_limit_service: Key,
     /// Its port.
     pub rate_limit_port: u16,
+    pub bounds: Bounds,
 }
 
 /// What an installation has that changes nothing.
@@ -42,6 +44,7 @@ impl Default for Settings {
             mesh_config: Key::new("istio-system", "istio"),
             rate_limit_service: Key::new("fenceline-system", "ratelimit"),
             rate_limit_port: 8081,
+            bounds: Bounds::default(),
         }
     }
 }
