@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fenceline_crds::ServiceFence;
@@ -17,6 +18,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::budget::Budget;
 use crate::metrics::{Metrics, write};
@@ -52,6 +54,8 @@ pub enum Error {
     Gone { kind: &'static str, object: Key },
     #[error("{kind} {object} was changed by somebody else meanwhile")]
     Changed { kind: &'static str, object: Key },
+    #[error("{kind} {object} is not written: this replica no longer leads")]
+    NotLeading { kind: &'static str, object: Key },
 }
 
 impl Error {
@@ -144,22 +148,48 @@ impl Owned for ServiceFence {
     }
 }
 
+/// Whether this replica may write: it leads, and none of its tasks stalled. It is asked before every write, since a task that comes back
+/// late goes on where it was.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    shut: Arc<AtomicBool>,
+    leads: watch::Receiver<bool>,
+}
+
+impl Gate {
+    pub fn new(leads: watch::Receiver<bool>) -> Self {
+        let shut = Arc::default();
+        Self { shut, leads }
+    }
+
+    /// Nothing is written any more.
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+    }
+
+    fn is_open(&self) -> bool {
+        !self.shut.load(Ordering::SeqCst) && *self.leads.borrow()
+    }
+}
+
 /// Writes objects.
 #[derive(Clone)]
 pub struct Writer {
     client: Client,
     metrics: Arc<Metrics>,
-    budget: Arc<Budget>,
+    budget: Budget,
+    gate: Gate,
 }
 
 impl Writer {
-    /// Writes at most `per_second` objects a second.
-    pub fn new(client: Client, metrics: Arc<Metrics>, per_second: u32) -> Self {
-        let budget = Arc::new(Budget::new(per_second, metrics.writes_waiting.clone()));
+    /// Writes at most `per_second` objects a second, while the gate is open.
+    pub fn new(client: Client, metrics: Arc<Metrics>, per_second: u32, gate: Gate) -> Self {
+        let budget = Budget::new(per_second, metrics.writes_waiting.clone());
         Self {
             client,
             metrics,
             budget,
+            gate,
         }
     }
 
@@ -191,7 +221,7 @@ impl Writer {
             _ => {}
         }
         let params = PatchParams::apply(MANAGER).force();
-        self.wait::<K>().await;
+        self.wait::<K>(&object).await?;
         let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
         if let Err(kube::Error::Api(status)) = &written
             && status.is_conflict()
@@ -211,6 +241,7 @@ impl Writer {
                 ..PatchParams::default()
             };
             let patch = Patch::<()>::Json(rest);
+            self.may_write(K::KIND, &object)?;
             let patched = within(api.patch(&object.name, &params, &patch)).await;
             written = self.done(K::KIND, "apply", &object, patched)?;
         }
@@ -228,17 +259,27 @@ impl Writer {
             field_manager: Some(MANAGER.to_owned()),
             ..PostParams::default()
         };
-        self.wait::<K>().await;
+        self.wait::<K>(object).await?;
         match within(api.create(&params, want)).await {
             Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(None),
             other => self.done(K::KIND, "create", object, other).map(Some),
         }
     }
 
-    async fn wait<K: Owned>(&self) {
+    /// Waits for the object's turn.
+    async fn wait<K: Owned>(&self, object: &Key) -> Result<(), Error> {
         if K::FOR_ISTIOD {
-            self.budget.wait().await;
+            self.budget.wait(&object.namespace).await;
         }
+        self.may_write(K::KIND, object)
+    }
+
+    fn may_write(&self, kind: &'static str, object: &Key) -> Result<(), Error> {
+        if self.gate.is_open() {
+            return Ok(());
+        }
+        let object = object.clone();
+        Err(Error::NotLeading { kind, object })
     }
 
     async fn live<K: Owned>(&self, api: &Api<K>, object: &Key) -> Result<Option<K>, Error> {
@@ -265,6 +306,7 @@ impl Writer {
             ..PatchParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
+        self.may_write(K::KIND, &object)?;
         let written = within(api.patch(&object.name, &params, &Patch::Merge(patch))).await;
         self.done(K::KIND, "annotate", &object, written).map(drop)
     }
@@ -283,7 +325,7 @@ impl Writer {
             ..DeleteParams::default()
         };
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
-        self.wait::<K>().await;
+        self.wait::<K>(&object).await?;
         match within(api.delete(&object.name, &params)).await {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
             Err(kube::Error::Api(status)) if status.is_conflict() => Err(Error::Changed {
@@ -319,9 +361,8 @@ impl Writer {
         });
         let api: Api<Service> = Api::namespaced(self.client.clone(), &service.namespace);
         let params = PatchParams::apply(MANAGER).force();
-        let written = api
-            .patch(&service.name, &params, &Patch::Apply(object))
-            .await;
+        self.may_write("Service", service)?;
+        let written = within(api.patch(&service.name, &params, &Patch::Apply(object))).await;
         self.done("Service", "apply", service, written).map(drop)
     }
 
@@ -347,6 +388,7 @@ impl Writer {
         want["apiVersion"] = json!("v1");
         want["kind"] = json!(KIND);
         let params = PatchParams::apply(MANAGER).force();
+        self.may_write(KIND, &object)?;
         let written = within(api.patch(&object.name, &params, &Patch::Apply(want))).await;
         self.done(KIND, "apply", &object, written).map(drop)
     }

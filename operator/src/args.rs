@@ -76,6 +76,10 @@ pub struct Run {
     /// How many objects are written a second at most, so that istiod is never stormed.
     #[arg(long, env = "FENCELINE_WRITES_PER_SECOND", default_value_t = 500)]
     pub writes_per_second: u32,
+    /// After how long without a heartbeat a task of this replica counts as stalled: the replica then gives up its Lease, fails /livez and ends.
+    /// At least 10s.
+    #[arg(long, env = "FENCELINE_STALL_AFTER", default_value = "30s", value_parser = stall)]
+    pub stall_after: Duration,
     #[command(flatten)]
     pub prometheus: PrometheusArgs,
     #[command(flatten)]
@@ -295,6 +299,14 @@ fn time(text: &str) -> Result<Duration, String> {
     match fenceline_crds::period(text) {
         Some(time) if !time.is_zero() => Ok(time),
         _ => Err("want a length of time, as 90s or 1h30m".to_owned()),
+    }
+}
+
+/// A task beats every few seconds, and a busy machine may be late.
+fn stall(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        time if time >= Duration::from_secs(10) => Ok(time),
+        _ => Err("want at least 10s".to_owned()),
     }
 }
 

@@ -24,9 +24,6 @@ pub struct Bounds {
     /// How many connections a second one pod may report.
     #[arg(long, env = "FENCELINE_REPORTS_PER_SECOND", default_value_t = Self::default().reports_per_second)]
     pub reports_per_second: u32,
-    /// How many objects a second are written for what one namespace wants, in the long run.
-    #[arg(long, env = "FENCELINE_WRITES_PER_NAMESPACE", default_value_t = Self::default().writes_per_namespace)]
-    pub writes_per_namespace: u32,
 }
 
 impl Default for Bounds {
@@ -38,7 +35,6 @@ impl Default for Bounds {
             ports_per_namespace: 64,
             ports: 1000,
             reports_per_second: 100,
-            writes_per_namespace: 20,
         }
     }
 }

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::apply::{self, MANAGED_BY, MANAGER, Writer};
 use crate::fence::Settings;
 use crate::observe::ext_authz::ANSWER;
+use crate::process::evaluate::{self, TooLong};
 use crate::world::{Key, World};
 
 /// How long a change waits for company.
@@ -157,7 +158,18 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
     loop {
         let now = Arc::clone(&world.borrow_and_update());
         if planned.as_ref().is_none_or(|then| !then.protects_as(&now)) {
-            plans = plan(&now, &settings);
+            let (of, with) = (Arc::clone(&now), settings.clone());
+            match evaluate::within_deadline(move || plan(&of, &with)).await {
+                Ok(planned) => plans = planned,
+                // What is denied so far stays denied.
+                Err(TooLong) => {
+                    tracing::error!(
+                        "what the global proxy must not forward took too long to work out; its policies stay as they are"
+                    );
+                    tokio::time::sleep(LONGEST_RETRY).await;
+                    continue;
+                }
+            }
             planned = Some(Arc::clone(&now));
         }
         if let Some(plans) = &plans

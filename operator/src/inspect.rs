@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use crate::args::Explain;
 use crate::fence::explain;
 use crate::metrics::Metrics;
+use crate::process::Pulses;
 use crate::world::feed;
 
 /// How long the mesh may take to be listed.
@@ -29,7 +30,7 @@ pub async fn explain(args: Explain) -> anyhow::Result<String> {
         .await
         .context("no access to a Kubernetes API")?;
     let metrics: Arc<Metrics> = Arc::default();
-    let mut feed = feed::start(&client, &settings, &metrics);
+    let mut feed = feed::start(&client, &settings, &metrics, Pulses::default().of("world"));
     let listed = tokio::time::timeout(PATIENCE, feed.synced.wait_for(|synced| *synced)).await;
     listed.context("not everything could be listed: may you read Services, Pods, Istio's objects and Fenceline's?")??;
     let world = Arc::clone(&feed.world.borrow());

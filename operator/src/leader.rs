@@ -25,7 +25,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Candidate {
     /// Whether this replica leads.
     pub leads: watch::Receiver<bool>,
-    resign: CancellationToken,
+    /// Gives the Lease back once it is cancelled.
+    pub resign: CancellationToken,
     task: JoinHandle<()>,
 }
 

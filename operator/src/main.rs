@@ -16,8 +16,22 @@ fn read(file: &std::path::Path) -> anyhow::Result<String> {
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+/// Even where a container has one processor, servers go on while something computes.
+const FEWEST_THREADS: usize = 4;
+
+fn main() -> anyhow::Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads.max(FEWEST_THREADS))
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(command());
+    // Evaluations that nobody waits for may go on for long.
+    runtime.shutdown_background();
+    result
+}
+
+async fn command() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Run(args) => fenceline::run::run(*args).await,
         Command::Explain(args) => {

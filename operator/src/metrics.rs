@@ -52,6 +52,11 @@ pub struct Bound {
     bound: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Task {
+    task: &'static str,
+}
+
 /// The process's metrics.
 #[derive(Debug)]
 pub struct Metrics {
@@ -79,6 +84,10 @@ pub struct Metrics {
     pub objects: Family<Kind, Gauge>,
     pub leader: Gauge<i64, std::sync::atomic::AtomicI64>,
     pub reconcile_errors: Counter,
+    /// Tasks that do not come back.
+    pub stalled: Family<Task, Gauge>,
+    /// Objects that were quarantined since the process began.
+    pub quarantined: Counter,
     /// How much is over a bound at the moment: objects, namespaces or hosts, as docs/bounds.md says of each.
     pub over_bound: Family<Bound, Gauge>,
     /// How often something was dropped or refused since it was over a bound.
@@ -108,6 +117,8 @@ impl Default for Metrics {
             objects: Family::default(),
             leader: Gauge::default(),
             reconcile_errors: Counter::default(),
+            stalled: Family::default(),
+            quarantined: Counter::default(),
             over_bound: Family::default(),
             dropped: Family::default(),
             learning: Histogram::new(exponential_buckets(0.005, 1.5, 16)),
@@ -136,6 +147,8 @@ impl Metrics {
             objects,
             leader,
             reconcile_errors,
+            stalled,
+            quarantined,
             over_bound,
             dropped,
             learning,
@@ -186,6 +199,10 @@ impl Metrics {
             "Failed reconciliations",
             reconcile_errors.clone(),
         );
+        let help = "1 for a task that did not come back for 30 s: this replica gave up its Lease";
+        registry.register("stalled", help, stalled.clone());
+        let help = "Objects that were quarantined, since their evaluation took too long";
+        registry.register("quarantined", help, quarantined.clone());
         let help = "What is over a bound at the moment, by bound";
         registry.register("over_bound", help, over_bound.clone());
         let help = "What was dropped or refused since it was over a bound, by bound";
@@ -195,6 +212,11 @@ impl Metrics {
         let help = "Learnt dependencies that are not stored yet";
         registry.register("unsaved_dependencies", help, waiting.clone());
         registry
+    }
+
+    /// A task does not come back.
+    pub fn stalls(&self, task: &'static str) {
+        self.stalled.get_or_create(&Task { task }).set(1);
     }
 
     /// So much is over a bound now.

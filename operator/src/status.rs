@@ -4,15 +4,17 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use fenceline_crds::{
-    FencePolicy, FencePolicyStatus, LimitServiceStatus, RateLimit, ServiceFence, ServiceFenceStatus,
+    FencePolicy, FencePolicyStatus, LimitServiceStatus, RateLimit, Router, ServiceFence,
+    ServiceFenceStatus, TrafficPatch,
 };
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use kube::api::{Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
@@ -21,6 +23,7 @@ use serde_json::json;
 
 use crate::apply::{MANAGER, within};
 use crate::metrics::{Metrics, write};
+use crate::process::quarantine::{self, Conditioned, Object};
 use crate::world::{Key, World};
 
 /// How often a write that met a newer version is worked out again before it is left to the caller's next attempt.
@@ -235,6 +238,96 @@ impl StatusWriter {
             }
             other => other.map(drop),
         }
+    }
+
+    /// Marks an object as quarantined, since its evaluation took more than `limit`; of Routers and patches that are evaluated together, all.
+    /// The objects are read first: whoever calls this may know an old world.
+    ///
+    /// # Errors
+    /// Fails when the API refuses.
+    pub async fn quarantine(
+        &self,
+        object: &Object,
+        limit: Duration,
+        now: Timestamp,
+    ) -> kube::Result<()> {
+        let client = || self.client.clone();
+        match object {
+            Object::Fence(Key { namespace, name }) => {
+                let api = Api::<ServiceFence>::namespaced(client(), namespace);
+                self.mark_all(&api, |fence| fence.name_any() == *name, limit, now)
+                    .await
+            }
+            Object::RateLimit(Key { namespace, name }) => {
+                let api = Api::<RateLimit>::namespaced(client(), namespace);
+                self.mark_all(
+                    &api,
+                    |rate_limit| rate_limit.name_any() == *name,
+                    limit,
+                    now,
+                )
+                .await
+            }
+            Object::Routes(Key { namespace, name }) => {
+                let routers = Api::<Router>::namespaced(client(), namespace);
+                self.mark_all(&routers, |router| router.spec.service == *name, limit, now)
+                    .await?;
+                let patches = Api::<TrafficPatch>::namespaced(client(), namespace);
+                self.mark_all(&patches, |patch| patch.spec.service == *name, limit, now)
+                    .await
+            }
+            Object::FencePolicies => {
+                let api = Api::<FencePolicy>::all(client());
+                self.mark_all(&api, |_| true, limit, now).await
+            }
+        }
+    }
+
+    async fn mark_all<K>(
+        &self,
+        api: &Api<K>,
+        is_at_fault: impl Fn(&K) -> bool,
+        limit: Duration,
+        now: Timestamp,
+    ) -> kube::Result<()>
+    where
+        K: Conditioned + Clone + Debug + DeserializeOwned + Serialize,
+    {
+        let all = within(api.list(&ListParams::default())).await?;
+        for object in all.items.iter().filter(|object| is_at_fault(object)) {
+            let conditions = quarantine::conditions(object, limit, now);
+            let message = conditions.first().map(|ready| ready.message.clone());
+            let mut status = serde_json::to_value(object)
+                .map(|mut whole| whole["status"].take())
+                .unwrap_or_default();
+            if !status.is_object() {
+                status = json!({});
+            }
+            status["conditions"] = json!(conditions);
+            status["observedGeneration"] = json!(object.meta().generation);
+            if let Some(fields) = status.as_object_mut() {
+                // Each replica's own, by a field manager of its own.
+                fields.remove("services");
+            }
+            let patch = json!({
+                "apiVersion": K::api_version(&()),
+                "kind": K::kind(&()),
+                "metadata": {"name": object.name_any(), "uid": object.uid(), "resourceVersion": object.resource_version()},
+                "status": status,
+            });
+            let params = PatchParams::apply(MANAGER).force();
+            let patch = Patch::Apply(patch);
+            within(api.patch_status(&object.name_any(), &params, &patch)).await?;
+            self.metrics.quarantined.inc();
+            self.event(
+                &object.object_ref(&()),
+                true,
+                quarantine::REASON,
+                message.unwrap_or_default(),
+            )
+            .await;
+        }
+        Ok(())
     }
 
     /// Publishes an event about an object. Events are for people: one that is lost is logged, no more.

@@ -24,4 +24,5 @@ mod router_beside;
 mod router_kinds;
 mod router_verify;
 mod soak;
+mod stalls;
 mod steps;

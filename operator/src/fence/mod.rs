@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fenceline_crds::{Evidence, Mode, ServiceFence};
+use futures::future::LocalBoxFuture;
 use futures::{Stream, StreamExt};
 use jiff::SignedDuration;
 use kube::api::ObjectMeta;
@@ -44,6 +45,8 @@ use crate::fence::write::{Progress, any_redirect, carry_out, ensure_mesh_redirec
 use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
 use crate::policy::plan::made_by_policy;
+use crate::process::quarantine::{self, Object};
+use crate::process::{Controller, Pulse, evaluate};
 use crate::status::{self, StatusWriter};
 use crate::world::feed::Concerned;
 use crate::world::{Key, World};
@@ -103,6 +106,8 @@ pub enum Error {
     Apply(#[from] apply::Error),
     #[error("the fence's status")]
     Status(#[from] status::Error),
+    #[error("could not quarantine the fence")]
+    Quarantine(#[source] kube::Error),
 }
 
 /// What a reconciliation works with.
@@ -120,12 +125,65 @@ pub struct Context {
     pub failures: std::sync::Mutex<std::collections::HashMap<Key, u32>>,
 }
 
+/// The controller of fences.
+pub struct Fences {
+    context: Arc<Context>,
+    stored: Store<ServiceFence>,
+    wakers: tokio::sync::Mutex<Wakers>,
+}
+
+/// Who says which fences are to be looked at.
+struct Wakers {
+    /// Those that a change of the mesh concerns.
+    concerned: mpsc::UnboundedReceiver<Concerned>,
+    /// Those of which a step has arrived.
+    arrived: mpsc::UnboundedReceiver<Key>,
+}
+
+impl Fences {
+    pub fn new(
+        context: Context,
+        stored: Store<ServiceFence>,
+        concerned: mpsc::UnboundedReceiver<Concerned>,
+        arrived: mpsc::UnboundedReceiver<Key>,
+    ) -> Self {
+        Self {
+            context: Arc::new(context),
+            stored,
+            wakers: tokio::sync::Mutex::new(Wakers { concerned, arrived }),
+        }
+    }
+}
+
+impl Controller for Fences {
+    fn name(&self) -> &'static str {
+        "fences"
+    }
+
+    fn run<'a>(&'a self, pulse: &'a Pulse) -> LocalBoxFuture<'a, ()> {
+        Box::pin(async move {
+            let mut wakers = self.wakers.lock().await;
+            let context = Arc::clone(&self.context);
+            run(context, self.stored.clone(), &mut wakers, pulse).await;
+        })
+    }
+
+    /// Who does not act has no use for what changed; whoever begins to act looks at everything.
+    fn rest(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async move {
+            let mut wakers = self.wakers.lock().await;
+            while wakers.concerned.recv().await.is_some() {}
+            std::future::pending().await
+        })
+    }
+}
+
 /// Acts on fences for as long as it is polled: the leader's work.
-pub async fn run(
+async fn run(
     context: Arc<Context>,
     fences: Store<ServiceFence>,
-    concerned: &mut mpsc::UnboundedReceiver<Concerned>,
-    arrived: &mut mpsc::UnboundedReceiver<Key>,
+    Wakers { concerned, arrived }: &mut Wakers,
+    pulse: &Pulse,
 ) {
     // What came while another replica led is covered by looking at everything once.
     while concerned.try_recv().is_ok() {}
@@ -149,7 +207,7 @@ pub async fn run(
                 }),
             };
             let Some(concerned) = concerned else { return };
-            if enqueue(&context, &concerned, &queue) == Fences::Gone || concerned.all {
+            if enqueue(&context, &concerned, &queue) == Known::Gone || concerned.all {
                 gone.notify_one();
             }
             if concerned.redirect || concerned.all {
@@ -175,7 +233,7 @@ pub async fn run(
             }
         }
     };
-    let work = reconciliations(&context, fences, requests).for_each(|fence| {
+    let work = reconciliations(&context, fences, requests, pulse).for_each(|fence| {
         fence.iter().for_each(|fence| queue.done(fence));
         std::future::ready(())
     });
@@ -202,12 +260,19 @@ fn reconciliations(
     context: &Arc<Context>,
     fences: Store<ServiceFence>,
     requests: mpsc::UnboundedReceiver<ObjectRef<ServiceFence>>,
+    pulse: &Pulse,
 ) -> impl Stream<Item = Option<Key>> + use<> {
     let requests = UnboundedReceiverStream::new(requests)
         .map(|fence| Ok::<_, Infallible>(ReconcileRequest::from(fence)));
+    let pulse = pulse.clone();
     applier(
-        |fence: Arc<ServiceFence>, context: Arc<Context>| {
-            Box::pin(async move { reconcile(&fence, &context).await })
+        move |fence: Arc<ServiceFence>, context: Arc<Context>| {
+            let pulse = pulse.clone();
+            let key = Key::new(fence.namespace().unwrap_or_default(), fence.name_any());
+            Box::pin(async move {
+                let reconciled = reconcile(&fence, &context);
+                pulse.at_object(Object::Fence(key), reconciled).await
+            })
         },
         |fence: Arc<ServiceFence>, error: &Error, context: Arc<Context>| {
             retry(&fence, error, &context)
@@ -232,14 +297,14 @@ fn reconciliations(
 
 /// Whether fences that a change concerns exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fences {
+enum Known {
     There,
     /// Some were deleted.
     Gone,
 }
 
 /// Puts every fence that a change concerns into the queue.
-fn enqueue(context: &Context, concerned: &Concerned, queue: &Queue) -> Fences {
+fn enqueue(context: &Context, concerned: &Concerned, queue: &Queue) -> Known {
     let world = Arc::clone(&context.world.borrow());
     let there = concerned.fences.iter().cloned();
     let about = there.filter(|key| world.fences.contains_key(key)).collect();
@@ -251,11 +316,11 @@ fn enqueue(context: &Context, concerned: &Concerned, queue: &Queue) -> Fences {
         others.extend(world.fences.keys().cloned());
     }
     queue.put(about, others);
-    let mut fences = Fences::There;
+    let mut fences = Known::There;
     for key in &concerned.fences {
         if !world.fences.contains_key(key) {
             context.status.forget(key);
-            fences = Fences::Gone;
+            fences = Known::Gone;
         }
     }
     fences
@@ -280,7 +345,16 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     if fence.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
-    let mut plan = plan(&fence, &world, &context.settings, (context.clock)());
+    let now = (context.clock)();
+    if quarantine::holds(fence.as_ref(), now) {
+        return Ok(Action::requeue(RESYNC));
+    }
+    let Ok(mut plan) = evaluate(&fence, &world, &context.settings, now).await else {
+        let object = Object::Fence(key);
+        let marked = context.status.quarantine(&object, evaluate::DEADLINE, now);
+        marked.await.map_err(Error::Quarantine)?;
+        return Ok(Action::requeue(RESYNC));
+    };
     let mut resync = RESYNC;
     match carry_out(&key, &plan.verdict, &world, context).await {
         Err(Error::Apply(apply::Error::NotOurs { kind, object })) => {
@@ -307,6 +381,17 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
     Ok(Action::requeue(ends.map_or(resync, |end| {
         end.min(resync).max(Duration::from_millis(1))
     })))
+}
+
+/// The fence's plan, on a thread of its own: how long it takes is the tenants' to say.
+async fn evaluate(
+    fence: &Arc<ServiceFence>,
+    world: &Arc<World>,
+    settings: &Settings,
+    now: jiff::Timestamp,
+) -> Result<Plan, evaluate::TooLong> {
+    let (fence, world, settings) = (Arc::clone(fence), Arc::clone(world), settings.clone());
+    evaluate::within_deadline(move || plan(&fence, &world, &settings, now)).await
 }
 
 /// Writes the conditions and the scope, and an event where the fence's state changed.

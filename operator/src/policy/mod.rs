@@ -20,6 +20,9 @@ use crate::clock::Clock;
 use crate::fence::Settings;
 use crate::observe::prometheus::Prometheus;
 use crate::policy::plan::{POLICY, Wanted, made_by_policy, plan, unwanted};
+use crate::process::Pulse;
+use crate::process::evaluate;
+use crate::process::quarantine::{self, Object};
 use crate::status::{Said, StatusWriter, set_conditions};
 use crate::world::{Key, World};
 
@@ -34,6 +37,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// How many fences are written side by side.
 const CONCURRENCY: usize = 32;
+/// How often policies that are quarantined are looked at.
+const QUARANTINED: Duration = Duration::from_secs(60);
 
 /// What the controller works with.
 pub struct Context {
@@ -45,7 +50,8 @@ pub struct Context {
 }
 
 /// Keeps fences as policies want them for as long as it is polled: the leader's work.
-pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
+pub async fn run(mut world: watch::Receiver<Arc<World>>, context: Arc<Context>, pulse: Pulse) {
+    let context = &*context;
     // What was carried out, and for which world.
     let mut done: Option<(Arc<World>, Wanted)> = None;
     let mut retry = RETRY;
@@ -54,7 +60,17 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
         let now = Arc::clone(&world.borrow_and_update());
         let wanted = match done.take() {
             Some((then, wanted)) if same_wishes(&then, &now) => wanted,
-            _ => plan(&now, &context.settings),
+            _ => match evaluate(&now, context, &pulse).await {
+                Some(wanted) => wanted,
+                // What is there stays.
+                None => {
+                    let again = until_other_wishes(&mut world, &now);
+                    if tokio::time::timeout(QUARANTINED, again).await == Ok(false) {
+                        return;
+                    }
+                    continue;
+                }
+            },
         };
         let failed = write(&wanted, &now, context).await;
         let well = failed.is_empty() & promote::round(&wanted, &now, context).await;
@@ -73,6 +89,27 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, context: &Context) {
         done = Some((now, wanted));
         tokio::time::sleep(COALESCE.max(took * OF_A_ROUND).min(LONGEST_COALESCE)).await;
     }
+}
+
+/// What the policies want; `None` while they are quarantined. It is worked out on a thread of its own: how long it takes is the tenants'
+/// Services to say.
+async fn evaluate(world: &Arc<World>, context: &Context, pulse: &Pulse) -> Option<Wanted> {
+    let now = (context.clock)();
+    let mut policies = world.fence_policies.values();
+    if policies.any(|policy| quarantine::holds(policy.as_ref(), now)) {
+        return None;
+    }
+    let (of, settings) = (Arc::clone(world), context.settings.clone());
+    let planned = evaluate::within_deadline(move || plan(&of, &settings));
+    let object = Object::FencePolicies;
+    if let Ok(wanted) = pulse.at_object(object.clone(), planned).await {
+        return Some(wanted);
+    }
+    let marked = context.status.quarantine(&object, evaluate::DEADLINE, now);
+    if let Err(error) = marked.await {
+        tracing::error!(%object, %error, "not quarantined");
+    }
+    None
 }
 
 /// Waits for a world in which policies may want something else; says whether there will be any.

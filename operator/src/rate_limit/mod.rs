@@ -37,6 +37,8 @@ use crate::clock::Clock;
 use crate::fence::Settings;
 use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
+use crate::process::Pulse;
+use crate::process::quarantine::{self, Object};
 use crate::recent::Recent;
 use crate::router::istiod::Istiods;
 use crate::status::StatusWriter;
@@ -94,7 +96,7 @@ struct Limits {
 }
 
 /// Keeps workloads limited as RateLimits want it for as long as it is polled: the leader's work.
-pub async fn run(context: Arc<Context>) {
+pub async fn run(context: Arc<Context>, pulse: Pulse) {
     let (wake, woken) = mpsc::unbounded_channel();
     let limits = Limits {
         proxies: Proxies::new(Arc::clone(&context.istiods)),
@@ -107,7 +109,10 @@ pub async fn run(context: Arc<Context>) {
     let world = context.world.clone();
     let of_change = |then: &World, now: &World| concerned(then, now, root);
     let changes = work::wake_changed(world, &wake, COALESCE, all, of_change);
-    let work = work::run(woken, async |key: &Key| limits.reconcile(key).await);
+    let work = work::run(woken, async |key: &Key| {
+        let object = Object::RateLimit(key.clone());
+        pulse.at_object(object, limits.reconcile(key)).await
+    });
     tokio::select! {
         () = changes => {}
         () = work => {}
@@ -167,6 +172,9 @@ impl Limits {
             return self.retire(key, &world).await;
         };
         let now = (self.context.clock)();
+        if quarantine::holds(object.as_ref(), now) {
+            return Next::In(RESYNC);
+        }
         let (report, next) =
             match valid::limit(object, &world, &self.context.settings.root_namespace) {
                 Err(invalid) => (Report::invalid(&invalid), RESYNC),

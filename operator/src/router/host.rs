@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use fenceline_crds::istio::{DestinationRule, VirtualService};
 use fenceline_crds::{Change, Router};
+use jiff::Timestamp;
 use kube::ResourceExt;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -22,6 +23,8 @@ use super::{Context, RESYNC, RETRY, said};
 use crate::apply;
 use crate::fence::select::Labels;
 use crate::note::Note;
+use crate::process::evaluate::{self, TooLong};
+use crate::process::quarantine::{self, Object};
 use crate::work::Next;
 use crate::world::{Key, World};
 
@@ -61,6 +64,37 @@ pub(super) enum Standing {
     Failing(String),
 }
 
+fn is_quarantined(gathered: &Gathered<'_>, now: Timestamp) -> bool {
+    let router = gathered.router.as_deref();
+    let mut patches = gathered.patches.iter();
+    router.is_some_and(|router| quarantine::holds(router, now))
+        || patches.any(|patch| quarantine::holds(patch, now))
+}
+
+/// What a service's Routers and patches want, or why it cannot be, on a thread of its own: how long it takes is the tenants' to say.
+async fn evaluate(
+    service: &Key,
+    world: &Arc<World>,
+    root: &str,
+    now: Timestamp,
+) -> Result<Result<Target, String>, TooLong> {
+    let (service, world, root) = (service.clone(), Arc::clone(world), root.to_owned());
+    evaluate::within_deadline(move || {
+        let gathered = gather(&service, &world, &root);
+        let endpoints = |labels: &Labels| endpoints(&world, &service, labels);
+        let shut = said::shut(&gathered, &world, now);
+        let inputs = Inputs {
+            host: &gathered.fqdn,
+            router: gathered.router.as_deref(),
+            patches: &gathered.patches,
+            endpoints: &endpoints,
+            shut: &shut,
+        };
+        plan(&inputs).map_err(|invalid| invalid.to_string())
+    })
+    .await
+}
+
 impl Hosts {
     pub(super) fn new(context: Arc<Context>, wake: mpsc::UnboundedSender<Key>) -> Self {
         let followed = Mutex::default();
@@ -83,18 +117,14 @@ impl Hosts {
             return Next::In(SHOWN);
         }
         let now = (self.context.clock)();
-        let endpoints = |labels: &Labels| endpoints(&world, service, labels);
-        let shut = said::shut(&gathered, &world, now);
-        let inputs = Inputs {
-            host: &gathered.fqdn,
-            router: gathered.router.as_deref(),
-            patches: &gathered.patches,
-            endpoints: &endpoints,
-            shut: &shut,
-        };
-        let (target, standing) = match plan(&inputs) {
-            Err(invalid) => (Target::default(), Standing::Invalid(invalid.to_string())),
-            Ok(target) => {
+        if is_quarantined(&gathered, now) {
+            return Next::In(RESYNC);
+        }
+        let root = &self.context.settings.root_namespace;
+        let (target, standing) = match evaluate(service, &world, root, now).await {
+            Err(TooLong) => return self.quarantine(service, now).await,
+            Ok(Err(invalid)) => (Target::default(), Standing::Invalid(invalid)),
+            Ok(Ok(target)) => {
                 let standing = self.carry_out(&gathered, &target, &world).await;
                 (target, standing)
             }
@@ -123,6 +153,19 @@ impl Hosts {
             _ => RESYNC,
         };
         Next::In(ends.map_or(next, |end| end.min(next)))
+    }
+
+    /// Marks the service's Routers and patches; what is in effect stays.
+    async fn quarantine(&self, service: &Key, now: Timestamp) -> Next {
+        let object = Object::Routes(service.clone());
+        let status = &self.context.status;
+        match status.quarantine(&object, evaluate::DEADLINE, now).await {
+            Ok(()) => Next::In(RESYNC),
+            Err(error) => {
+                tracing::error!(%object, %error, "not quarantined");
+                Next::In(RETRY)
+            }
+        }
     }
 
     /// Whether the stage under way has lasted long enough to be said, and when to ask again.

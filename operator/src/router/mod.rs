@@ -28,6 +28,8 @@ use tokio::sync::{mpsc, watch};
 use crate::apply::{SERVICE_LABEL, Writer};
 use crate::clock::Clock;
 use crate::fence::Settings;
+use crate::process::Pulse;
+use crate::process::quarantine::Object;
 use crate::router::host::Hosts;
 use crate::router::istiod::Istiods;
 use crate::status::StatusWriter;
@@ -52,12 +54,15 @@ pub struct Context {
 }
 
 /// Keeps services as their Routers and patches want them for as long as it is polled: the leader's work.
-pub async fn run(context: Arc<Context>) {
+pub async fn run(context: Arc<Context>, pulse: Pulse) {
     let (wake, woken) = mpsc::unbounded_channel();
     let hosts = &Hosts::new(Arc::clone(&context), wake.clone());
     let world = context.world.clone();
     let changes = work::wake_changed(world, &wake, COALESCE, all, concerned);
-    let work = work::run(woken, async |service: &Key| hosts.reconcile(service).await);
+    let work = work::run(woken, async |service: &Key| {
+        let object = Object::Routes(service.clone());
+        pulse.at_object(object, hosts.reconcile(service)).await
+    });
     let view = view::run(&context);
     tokio::select! {
         () = changes => {}

@@ -31,6 +31,7 @@ use super::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World, 
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
 use crate::fence::Settings;
 use crate::metrics::Metrics;
+use crate::process::Pulse;
 
 /// Changes that may wait for the world's task; a watch that is faster waits for it.
 pub(super) const BACKLOG: usize = 4096;
@@ -82,7 +83,12 @@ pub struct Feed {
 }
 
 /// Starts the watches and the world's task; they end with the runtime.
-pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>) -> Feed {
+pub fn start(
+    client: &kube::Client,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+    pulse: Pulse,
+) -> Feed {
     let Settings {
         cluster_domain,
         global_proxy,
@@ -211,7 +217,8 @@ pub fn start(client: &kube::Client, settings: &Settings, metrics: &Arc<Metrics>)
         retired: 0,
         dependents: Dependents::default(),
     };
-    tokio::spawn(task.run(inbox, Arc::clone(metrics)));
+    let metrics = Arc::clone(metrics);
+    tokio::spawn(async move { pulse.during(task.run(inbox, metrics)).await });
     Feed {
         world: published,
         concerned,
