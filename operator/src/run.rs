@@ -249,6 +249,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         })),
         settings: settings.clone(),
         clock: clock::system,
+        metrics: Arc::clone(&metrics),
     });
     let rate_limits = Arc::new(rate_limit::Context {
         world: world.clone(),
