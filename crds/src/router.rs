@@ -276,6 +276,11 @@ pub struct Change {
             .message("delay is a length of time up to 1h, as 5s"),
     )]
     pub delay: Option<String>,
+    /// Other namespaces whose callers must get what this Router says. What somebody wrote there that keeps them from it is a
+    /// conflict, as it is in the Router's own namespace; in any other it is said, and callers there go to the Service itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50), inner(length(min = 1, max = 63)))]
+    pub callers: Vec<String>,
 }
 
 impl Change {
@@ -326,7 +331,7 @@ pub struct RouterStatus {
     /// What became of each branch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub branches: Vec<BranchStatus>,
-    /// Which TrafficPatch each field of the routes and of the destination has its value from.
+    /// Which TrafficPatch each field of the routes and of the destination has its value from; the first 200.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fields: Vec<FieldOrigin>,
     /// What every proxy had last, in short: whoever leads next need not ask them again.

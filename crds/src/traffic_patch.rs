@@ -211,10 +211,10 @@ pub struct TrafficPatchStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".to_owned()]))]
     pub conditions: Vec<Condition>,
-    /// The fields that it sets.
+    /// The fields that it sets; the first 200.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub won: Vec<String>,
-    /// The fields that another patch sets.
+    /// The fields that another patch sets; the first 200.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<FieldOrigin>,
     /// What every proxy had last, in short, where no Router says so: whoever leads next need not ask them again.

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::budget::Budget;
 use crate::metrics::{Metrics, write};
+use crate::patch::bound::bytes;
 use crate::world::Key;
 use crate::world::feed::{self, fence_of};
 
@@ -37,9 +38,22 @@ pub const SERVICE_LABEL: &str = "fenceline.dev/service";
 /// Names the RateLimit that an object was written for.
 pub const RATE_LIMIT_LABEL: &str = "fenceline.dev/rate-limit";
 
+/// How many bytes a spec of ours may have: a third of what etcd takes, so that managed fields and what was good before have room too.
+/// <https://etcd.io/docs/v3.6/dev-guide/limit/>
+pub const LARGEST: usize = 512 << 10;
+
 /// A request that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    #[error(
+        "{kind} {object} would have {} KiB, and {} KiB is the most; it is left as it is",
+        bytes.div_ceil(1024), LARGEST >> 10
+    )]
+    TooLarge {
+        kind: &'static str,
+        object: Key,
+        bytes: usize,
+    },
     #[error("could not {verb} {kind} {object}")]
     Request {
         verb: &'static str,
@@ -89,6 +103,8 @@ pub trait Owned:
     const KIND: &'static str;
     /// Whether istiod makes configuration of it, and so should not get too many at once.
     const FOR_ISTIOD: bool = true;
+    /// Whether it may have [`LARGEST`] bytes and no more.
+    const BOUNDED: bool = false;
 
     fn spec(&self) -> &Self::Spec;
 }
@@ -96,6 +112,7 @@ pub trait Owned:
 impl Owned for Sidecar {
     type Spec = fenceline_crds::istio::SidecarSpec;
     const KIND: &'static str = "Sidecar";
+    const BOUNDED: bool = true;
 
     fn spec(&self) -> &Self::Spec {
         &self.spec
@@ -114,6 +131,7 @@ impl Owned for EnvoyFilter {
 impl Owned for VirtualService {
     type Spec = fenceline_crds::istio::VirtualServiceSpec;
     const KIND: &'static str = "VirtualService";
+    const BOUNDED: bool = true;
 
     fn spec(&self) -> &Self::Spec {
         &self.spec
@@ -123,6 +141,7 @@ impl Owned for VirtualService {
 impl Owned for DestinationRule {
     type Spec = fenceline_crds::istio::DestinationRuleSpec;
     const KIND: &'static str = "DestinationRule";
+    const BOUNDED: bool = true;
 
     fn spec(&self) -> &Self::Spec {
         &self.spec
@@ -197,9 +216,24 @@ impl Writer {
     /// was necessary.
     ///
     /// # Errors
-    /// Fails when somebody else's object has this name, when `want` is of a uid that is gone, or when the API refuses.
+    /// Fails when somebody else's object has this name, when `want` is of a uid that is gone or is too large, or when the API refuses.
     pub async fn ensure<K: Owned>(&self, want: &K, have: Option<&K>) -> Result<Option<K>, Error> {
         let object = Key::new(want.namespace().unwrap_or_default(), want.name_any());
+        if let Some(have) = have
+            && is_ours(have, want)
+            && is_as_wanted(have, want)
+        {
+            return Ok(None);
+        }
+        let bytes = bytes(want.spec());
+        if K::BOUNDED && bytes > LARGEST {
+            self.metrics.drop_over("object_bytes");
+            return Err(Error::TooLarge {
+                kind: K::KIND,
+                object,
+                bytes,
+            });
+        }
         let api = Api::<K>::namespaced(self.client.clone(), &object.namespace);
         // To apply by force is to take over, so what the watch has not shown yet is made, or else looked at first.
         let unseen = match have {

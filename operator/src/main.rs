@@ -53,9 +53,9 @@ async fn command() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Adopt { files } => {
-            // A VirtualService and its DestinationRule may be in different files.
-            let texts: anyhow::Result<Vec<String>> = files.iter().map(|file| read(file)).collect();
-            let adoption = fenceline::adopt::adopt(&texts?.join("\n---\n"))?;
+            let named = |file: &std::path::PathBuf| Ok((file.display().to_string(), read(file)?));
+            let texts: anyhow::Result<Vec<(String, String)>> = files.iter().map(named).collect();
+            let adoption = fenceline::adopt::adopt(&texts?)?;
             for line in &adoption.refused {
                 eprintln!("{line}");
             }

@@ -7,6 +7,7 @@ mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use anyhow::Context as _;
 use serde::Deserialize as _;
 use serde_json::{Map, Value, json};
 use words::{branch_match, check, labels};
@@ -27,6 +28,9 @@ struct Service {
     name: String,
     routes: Option<Value>,
     rule: Option<Value>,
+    /// The files that they are in.
+    routes_file: String,
+    rule_file: String,
 }
 
 /// Why a service is not adopted: the object, the field and the reason.
@@ -45,22 +49,27 @@ const HTTP: [&str; 6] = [
 ];
 /// Fields of a traffic policy that it has.
 const DESTINATION: [&str; 4] = ["loadBalancer", "connectionPool", "outlierDetection", "tls"];
+const NO_LIST: &str = "it is no list";
+/// As the Router's schema has it.
+const MOST_WEIGHT: u64 = 1_000_000;
 const ROUTES: &str = "VirtualService";
 const RULE: &str = "DestinationRule";
 
-/// Takes in YAML documents.
+/// Takes in YAML documents: files, each with its name, as a VirtualService and its DestinationRule may be in different ones.
 ///
 /// # Errors
-/// Fails on what is not YAML.
-pub fn adopt(text: &str) -> anyhow::Result<Adoption> {
+/// Fails on what is not YAML, with the name of the file.
+pub fn adopt(files: &[(String, String)]) -> anyhow::Result<Adoption> {
     let mut services: BTreeMap<(String, String), Service> = BTreeMap::new();
     let mut adoption = Adoption::default();
-    for document in serde_yaml::Deserializer::from_str(text) {
-        let object = Value::deserialize(document)?;
-        let many = object["items"].as_array().cloned();
-        for object in many.unwrap_or_else(|| vec![object]) {
-            if let Err(why) = sort(&mut services, object) {
-                adoption.refused.push(why);
+    for (file, text) in files {
+        for document in serde_yaml::Deserializer::from_str(text) {
+            let object = Value::deserialize(document).with_context(|| file.clone())?;
+            let many = object["items"].as_array().cloned();
+            for object in many.unwrap_or_else(|| vec![object]) {
+                if let Err(why) = sort(&mut services, object, file) {
+                    adoption.refused.push(format!("{file}: {why}"));
+                }
             }
         }
     }
@@ -75,7 +84,12 @@ pub fn adopt(text: &str) -> anyhow::Result<Adoption> {
                 let Service {
                     namespace, name, ..
                 } = service;
-                let line = format!("{kind} for {namespace}/{name}: {field}: {why}");
+                let file = if kind == ROUTES {
+                    &service.routes_file
+                } else {
+                    &service.rule_file
+                };
+                let line = format!("{file}: {kind} for {namespace}/{name}: {field}: {why}");
                 adoption.refused.push(line);
             }
         }
@@ -87,6 +101,7 @@ pub fn adopt(text: &str) -> anyhow::Result<Adoption> {
 fn sort(
     services: &mut BTreeMap<(String, String), Service>,
     object: Value,
+    file: &str,
 ) -> std::result::Result<(), String> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let (kind, namespace) = (
@@ -108,9 +123,8 @@ fn sort(
             ));
         }
     };
-    let mut labels = host.split('.');
-    let (name, of) = (labels.next().unwrap_or_default(), labels.next());
-    if name.is_empty() || name == "*" || of.is_some_and(|of| of != namespace) {
+    let name = host.split('.').next().unwrap_or_default();
+    if name.is_empty() || name.contains('*') || !is_host_of(&host, &namespace, name) {
         return Err(format!(
             "{whose}: the host {host:?} is no Service of namespace {namespace}"
         ));
@@ -119,10 +133,10 @@ fn sort(
         .entry((namespace.clone(), name.to_owned()))
         .or_default();
     (service.namespace, service.name) = (namespace, name.to_owned());
-    let place = if kind == ROUTES {
-        &mut service.routes
+    let (place, of_file) = if kind == ROUTES {
+        (&mut service.routes, &mut service.routes_file)
     } else {
-        &mut service.rule
+        (&mut service.rule, &mut service.rule_file)
     };
     if place.is_some() {
         return Err(format!(
@@ -130,7 +144,16 @@ fn sort(
         ));
     }
     *place = Some(object);
+    file.clone_into(of_file);
     Ok(())
+}
+
+/// Whether a host is a Service's: its name alone, or with the namespace, and what comes after that.
+fn is_host_of(host: &str, namespace: &str, name: &str) -> bool {
+    let mut labels = host.split('.');
+    labels.next() == Some(name)
+        && labels.next().is_none_or(|of| of == namespace)
+        && labels.next().is_none_or(|svc| svc == "svc")
 }
 
 /// A subset: its labels, and its policy.
@@ -173,6 +196,8 @@ impl Service {
             } else if !base {
                 let why = "without subsets there are no branches for it to lead to";
                 return Err(Refused(ROUTES, format!("{at}.match"), why.to_owned()));
+            } else {
+                self.leads_to_itself(route, &at)?;
             }
             let http: Map<String, Value> = HTTP
                 .into_iter()
@@ -200,6 +225,11 @@ impl Service {
                 spec["labels"]["branch"] = json!(branch);
             }
             objects.insert(0, self.object("Router", "", &spec));
+        }
+        if objects.is_empty() && self.routes.is_some() {
+            // What it says is what Istio does anyway: whoever deletes it should know that nothing takes its place.
+            let why = "it leads to its own Service and sets nothing; there is nothing to make of it, and it can be deleted";
+            return Err(Refused(ROUTES, "spec.http".to_owned(), why.to_owned()));
         }
         Ok(objects)
     }
@@ -230,15 +260,30 @@ impl Service {
                 return Err(Refused(ROUTES, format!("spec.{field}"), why.to_owned()));
             }
         }
+        let routes = match spec.get("http") {
+            Some(Value::Array(routes)) if !routes.is_empty() => routes.as_slice(),
+            None | Some(Value::Array(_)) => {
+                let why = "it has no route; istiod makes nothing of it";
+                return Err(Refused(ROUTES, "spec.http".to_owned(), why.to_owned()));
+            }
+            Some(_) => return Err(Refused(ROUTES, "spec.http".to_owned(), NO_LIST.to_owned())),
+        };
         let mut result = Vec::new();
-        for (index, route) in spec
-            .get("http")
-            .and_then(Value::as_array)
-            .into_iter()
-            .flatten()
-            .enumerate()
-        {
-            let mut route = route.as_object().cloned().unwrap_or_default();
+        for (index, route) in routes.iter().enumerate() {
+            let Some(mut route) = route.as_object().cloned() else {
+                let why = "it is no object";
+                return Err(Refused(
+                    ROUTES,
+                    format!("spec.http[{index}]"),
+                    why.to_owned(),
+                ));
+            };
+            for field in ["match", "route", "mirrors"] {
+                if route.get(field).is_some_and(|value| !value.is_array()) {
+                    let at = format!("spec.http[{index}].{field}");
+                    return Err(Refused(ROUTES, at, NO_LIST.to_owned()));
+                }
+            }
             // The older way to write one mirror.
             if let Some(mirror) = route.remove("mirror") {
                 let mut one = json!({"destination": mirror});
@@ -290,6 +335,58 @@ impl Service {
             .collect())
     }
 
+    /// Without a Router requests go to the Service itself, and so must those of this route.
+    fn leads_to_itself(&self, route: &Map<String, Value>, at: &str) -> Result<()> {
+        let refuse =
+            |field: &str, why: &str| Refused(ROUTES, format!("{at}.{field}"), why.to_owned());
+        let destinations = route.get("route").and_then(Value::as_array);
+        let destinations = destinations.map(Vec::as_slice).unwrap_or_default();
+        if destinations.is_empty() {
+            return Err(refuse("route", "it leads nowhere"));
+        }
+        for destination in destinations {
+            self.is_plain(destination)
+                .map_err(|(field, why)| refuse(&field, why))?;
+            if destination["destination"].get("subset").is_some() {
+                let why = "there is no DestinationRule with such a subset here: give both";
+                return Err(refuse("route.destination.subset", why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a destination is this Service, with nothing that a Router has no words for; else the field, and why not.
+    fn is_plain(&self, destination: &Value) -> std::result::Result<(), (String, &'static str)> {
+        let of_route = destination.as_object().into_iter().flat_map(Map::keys);
+        let of_destination = destination["destination"]
+            .as_object()
+            .into_iter()
+            .flat_map(Map::keys);
+        let unknown = of_route
+            .filter(|field| !["destination", "weight"].contains(&field.as_str()))
+            .map(|field| format!("route.{field}"))
+            .chain(
+                of_destination
+                    .filter(|field| !["host", "subset"].contains(&field.as_str()))
+                    .map(|field| format!("route.destination.{field}")),
+            )
+            .next();
+        if let Some(field) = unknown {
+            return Err((field, "a Router's versions have no such field"));
+        }
+        let host = destination["destination"]["host"].as_str();
+        if !is_host_of(host.unwrap_or_default(), &self.namespace, &self.name) {
+            let field = "route.destination.host".to_owned();
+            return Err((field, "a Router leads to its own Service alone"));
+        }
+        let weight = destination.get("weight");
+        if weight.is_some_and(|weight| weight.as_u64().is_none_or(|weight| weight > MOST_WEIGHT)) {
+            let field = "route.weight".to_owned();
+            return Err((field, "a weight is a whole number from 0 to 1000000"));
+        }
+        Ok(())
+    }
+
     /// The branch that a route is.
     fn branch(
         &self,
@@ -309,30 +406,8 @@ impl Service {
             .cloned()
             .unwrap_or_default();
         for destination in &destinations {
-            let of_route = destination.as_object().into_iter().flat_map(Map::keys);
-            let of_destination = destination["destination"]
-                .as_object()
-                .into_iter()
-                .flat_map(Map::keys);
-            if let Some(field) = of_route
-                .filter(|field| !["destination", "weight"].contains(&field.as_str()))
-                .chain(of_destination.filter(|field| !["host", "subset"].contains(&field.as_str())))
-                .next()
-            {
-                return Err(refuse(
-                    &format!("route.{field}"),
-                    "a Router's versions have no such field",
-                ));
-            }
-            let host = destination["destination"]["host"]
-                .as_str()
-                .unwrap_or_default();
-            if host.split('.').next() != Some(&self.name) {
-                return Err(refuse(
-                    "route.destination.host",
-                    "a Router leads to its own Service alone",
-                ));
-            }
+            self.is_plain(destination)
+                .map_err(|(field, why)| refuse(&field, why))?;
             let subset = destination["destination"]["subset"]
                 .as_str()
                 .unwrap_or_default();
@@ -359,6 +434,9 @@ impl Service {
                     .iter()
                     .filter_map(|label| Some((*subset.labels.get(label.as_str())?).to_owned())),
             );
+        }
+        if versions.is_empty() {
+            return Err(refuse("route", "it leads nowhere"));
         }
         if named.len() > 1 {
             return Err(refuse("route", "its subsets are of several branches"));

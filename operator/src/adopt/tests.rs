@@ -7,6 +7,11 @@ use crate::router::plan::{Inputs, plan, subset_name};
 use crate::testing::yaml;
 use fenceline_crds::{Router, TrafficPatch};
 
+/// As one file.
+fn adopt(text: &str) -> anyhow::Result<Adoption> {
+    super::adopt(&[("theirs.yaml".to_owned(), text.to_owned())])
+}
+
 const THEIRS: &str = "
 kind: VirtualService
 metadata: {name: theirs, namespace: shop}
@@ -54,6 +59,7 @@ fn what_is_adopted_makes_the_same_again() {
         patches: &Patches::new(patches.collect()),
         endpoints: &ready,
         shut: &BTreeMap::new(),
+        apart: &BTreeSet::new(),
     })
     .unwrap();
     let mut routes = target.routes.unwrap().other["http"].clone();
@@ -148,4 +154,47 @@ fn timeouts_alone_need_no_router() {
         objects[0]["spec"],
         json!({"service": "reviews", "http": {"timeout": "1s"}})
     );
+}
+
+/// Whoever deletes what was adopted sends everything to the Service itself.
+#[test]
+fn what_leads_elsewhere_is_never_adopted() {
+    let refused = |spec: &str| {
+        let theirs = format!(
+            "{{kind: VirtualService, metadata: {{name: t, namespace: shop}}, spec: {{hosts: [reviews], {spec}}}}}"
+        );
+        let adoption = adopt(&theirs).unwrap();
+        assert!(adoption.objects.is_empty(), "{spec}: {adoption:?}");
+        adoption.refused.join("; ")
+    };
+    let to =
+        |host: &str| format!("http: [{{timeout: 1s, route: [{{destination: {{host: {host}}}}}]}}]");
+    for (spec, field) in [
+        (to("reviews.bank"), "spec.http[0].route.destination.host"),
+        (to("reviews.bank.svc.cluster.local"), "spec.http[0].route.destination.host"),
+        (to("ratings"), "spec.http[0].route.destination.host"),
+        (to("reviews.shop.example.com"), "spec.http[0].route.destination.host"),
+        (to("reviews, subset: v1"), "spec.http[0].route.destination.subset"),
+        (to("reviews, port: {number: 9080}"), "spec.http[0].route.destination.port"),
+        (
+            "http: [{timeout: 1s, route: [{destination: {host: a}, weight: 30}, {destination: {host: b}, weight: 70}]}]".to_owned(),
+            "spec.http[0].route.destination.host",
+        ),
+        (
+            "http: [{timeout: 1s, route: [{destination: {host: reviews}, weight: -1}]}]".to_owned(),
+            "spec.http[0].route.weight",
+        ),
+        ("http: [{timeout: 1s}]".to_owned(), "spec.http[0].route"),
+        ("http: [{timeout: 1s, route: {}}]".to_owned(), "spec.http[0].route: it is no list"),
+        ("http: {timeout: 1s}".to_owned(), "spec.http: it is no list"),
+        ("http: []".to_owned(), "spec.http: it has no route"),
+        (to("reviews").replace("timeout: 1s, ", ""), "spec.http: it leads to its own Service"),
+    ] {
+        let said = refused(&spec);
+        assert!(said.contains(field), "{spec}: {said}");
+        assert!(said.starts_with("theirs.yaml: "), "{said}");
+    }
+    let negative = THEIRS.replacen("weight: 90", "weight: -90", 1);
+    let said = adopt(&negative).unwrap().refused;
+    assert!(said[0].contains("spec.http[1].route.weight"), "{said:?}");
 }

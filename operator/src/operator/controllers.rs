@@ -163,6 +163,7 @@ fn routers(parts: &Parts, writer: &Writer, istiods: &Arc<Istiods>) -> router::Co
         status: Arc::clone(&parts.status),
         istiods: Arc::clone(istiods),
         settings: parts.settings.clone(),
+        metrics: Arc::clone(&parts.metrics),
         clock: clock::system,
     }
 }

@@ -1,5 +1,6 @@
 //! TrafficPatches: which of them bear on a route or a subset, and what they make of it together, field by field.
 
+pub(crate) mod bound;
 mod merge;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,9 +12,6 @@ use kube::ResourceExt;
 use serde_json::{Map, Value, json};
 
 use merge::Merged;
-
-/// Of the requests that patches with a `match` tell apart, each combination is a route of its own.
-const MOST_MATCHING: usize = 5;
 
 /// The patches of one service, the one that wins first.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +26,8 @@ pub struct Outcome {
     pub lost: BTreeMap<String, BTreeSet<FieldOrigin>>,
     /// Why something of a patch is left out.
     pub refused: BTreeMap<String, String>,
+    /// How many patches are left out for each bound.
+    pub over: BTreeMap<&'static str, usize>,
 }
 
 impl Outcome {
@@ -40,6 +40,9 @@ impl Outcome {
             self.lost.entry(patch).or_default().extend(fields);
         }
         self.refused.extend(more.refused);
+        for (bound, patches) in more.over {
+            *self.over.entry(bound).or_default() += patches;
+        }
     }
 
     fn note(&mut self, whole: &str, merged: &Merged) {
@@ -124,7 +127,7 @@ impl Patches {
     }
 
     /// The routes of a branch: of the requests that patches tell apart each combination, those of most patches first, and at last
-    /// the rest. `base` are the matches of the branch itself.
+    /// the rest. `base` are the matches of the branch itself. The patches are [within bounds](Self::within_bounds).
     pub fn routes(
         &self,
         branch: Option<&str>,
@@ -144,13 +147,6 @@ impl Patches {
             .copied()
             .filter(|patch| !patch.spec.matches.is_empty())
             .collect();
-        for patch in telling.iter().skip(MOST_MATCHING) {
-            let why = format!(
-                "{MOST_MATCHING} patches with a match, of a higher priority or older, are all that one route can have; this one's http is left out"
-            );
-            outcome.refused.insert(patch.name_any(), why);
-        }
-        let telling: Vec<&TrafficPatch> = telling.into_iter().take(MOST_MATCHING).collect();
         let mut combinations: Vec<u32> = (0..1_u32 << telling.len()).collect();
         combinations.sort_by_key(|set| std::cmp::Reverse(set.count_ones()));
         let mut routes = Vec::new();
@@ -217,6 +213,14 @@ impl Patches {
         }));
         outcome.note(&whole("destination", part.branch, part.version), &merged);
         merged.fields
+    }
+
+    /// Whether the destination of a branch may differ from the host's.
+    pub fn narrow(&self, branch: &str) -> bool {
+        let mut patches = self.iter();
+        patches.any(|patch| {
+            patch.spec.destination.is_some() && patch.spec.branch.as_deref() == Some(branch)
+        })
     }
 
     /// Says of patches that name a branch or a version which the service does not have that they do nothing.

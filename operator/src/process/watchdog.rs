@@ -173,10 +173,16 @@ impl Watchdog {
         self.health.stalls(what.clone());
         self.metrics.stalls(task);
         self.gate.shut();
-        self.resign.cancel();
         tracing::error!(task, object = %at.trim_start_matches(" at "), seconds, "a task stalls: this replica gives up its Lease and fails /livez");
-        let Some(object) = object else { return };
-        let marked = status.quarantine(&object, self.patience, (self.clock)());
+        if let Some(object) = object {
+            self.mark(&object, status).await;
+        }
+        // After the mark: the next leader begins at once, and looks for it.
+        self.resign.cancel();
+    }
+
+    async fn mark(&self, object: &Object, status: &StatusWriter) {
+        let marked = status.quarantine(object, self.patience, (self.clock)());
         match tokio::time::timeout(MARK, marked).await {
             Ok(Ok(())) => tracing::warn!(%object, "quarantined"),
             Ok(Err(error)) => {

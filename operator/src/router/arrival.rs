@@ -35,6 +35,8 @@ pub struct Expectation {
     pub fqdn: String,
     /// What istiod sends of it; one of these at least.
     pub wanted: Vec<Wanted>,
+    /// Namespaces whose proxies do not get it, since somebody's rule hides it from them there.
+    pub hidden: BTreeSet<String>,
 }
 
 impl Expectation {
@@ -51,10 +53,41 @@ impl Expectation {
     }
 }
 
+/// What is known of a step that has arrived, as far as anybody could be asked.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Known {
+    /// There was nothing in it by which proxies are seen to have it.
+    Nothing,
+    /// Status said so before this replica led.
+    AsSaid,
+    Everywhere,
+    /// Istiods were asked, proxies were not.
+    Sent,
+    /// Nobody could be asked.
+    Unknown(String),
+}
+
+impl Known {
+    /// Of several steps: what is known least of.
+    pub fn of_all(steps: impl Iterator<Item = Self>) -> Self {
+        steps.max().unwrap_or(Self::Nothing)
+    }
+
+    /// In words.
+    pub fn say(&self) -> String {
+        match self {
+            Self::Nothing => "it is written; it has no new cluster and no route by which proxies would be seen to have it".to_owned(),
+            Self::AsSaid | Self::Everywhere => "every proxy has it".to_owned(),
+            Self::Sent => "every istiod has sent it; proxies were not asked, as spec.change.verify is ControlPlane".to_owned(),
+            Self::Unknown(why) => format!("it is not known whether proxies have it: {why}"),
+        }
+    }
+}
+
 /// How a step ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    Arrived,
+    Arrived(Known),
     /// Proxies refused it, each with why.
     Refused(String),
     /// Some have not got it in time, or have not said so.
@@ -73,7 +106,8 @@ pub async fn until_arrived(
     if change.verify == Verify::Delay {
         say.send_replace(format!("{:?} are waited, whatever happens", change.delay()));
         tokio::time::sleep(change.delay()).await;
-        return Outcome::Arrived;
+        let why = format!("nobody was asked; {:?} were waited", change.delay());
+        return Outcome::Arrived(Known::Unknown(why));
     }
     let mut follow = Follow::default();
     let mut pause = ASK;
@@ -82,11 +116,11 @@ pub async fn until_arrived(
         let asked = Instant::now();
         let look = follow.look(istiods, &now, expectation, change).await;
         match look {
-            Look::Arrived => {
+            Look::Arrived(known) => {
                 for subscriber in istiods.subscribers(&now).values() {
                     subscriber.forget(&expectation.wanted);
                 }
-                return Outcome::Arrived;
+                return Outcome::Arrived(known);
             }
             Look::Refused(why) => return Outcome::Refused(why),
             Look::Waits(why) if started.elapsed() > change.timeout() => return Outcome::Late(why),
@@ -101,7 +135,7 @@ pub async fn until_arrived(
 }
 
 enum Look {
-    Arrived,
+    Arrived(Known),
     Refused(String),
     Waits(String),
 }
@@ -137,6 +171,7 @@ impl Follow {
         }
         let mut waits = Vec::new();
         let mut connected = HashSet::new();
+        let mut known = Known::Everywhere;
         let mut all_answer = true;
         let root = &istiods.access().istio_namespace;
         for (address, subscriber) in subscribers {
@@ -145,7 +180,10 @@ impl Follow {
                 if !subscriber.answers() && self.started.elapsed() > REACHABLE {
                     let why = format!("istiod {address} cannot be asked what it sends");
                     match self.after(change.delay() + REACHABLE, &why) {
-                        Look::Arrived => continue,
+                        Look::Arrived(unknown) => {
+                            known = known.max(unknown);
+                            continue;
+                        }
                         other => return other,
                     }
                 }
@@ -154,6 +192,7 @@ impl Follow {
             };
             let sent = *self.sent.entry(address).or_insert_with(Instant::now);
             if change.verify == Verify::ControlPlane {
+                known = known.max(Known::Sent);
                 if sent.elapsed() < TAKEN_IN {
                     waits.push(format!("istiod {address} has sent it a moment ago"));
                 }
@@ -162,6 +201,10 @@ impl Follow {
             match istiods.proxies(address).await {
                 Err(why) => {
                     all_answer = false;
+                    known = known.max(Known::Unknown(format!(
+                        "proxies cannot be asked: {why}; {:?} were waited",
+                        change.delay()
+                    )));
                     if sent.elapsed() < change.delay() {
                         waits.push(format!(
                             "proxies cannot be asked: {why}; {:?} are waited",
@@ -173,7 +216,7 @@ impl Follow {
                     connected.extend(proxies.iter().filter_map(ProxyState::pod));
                     let concerned = concerned(world, root, &proxies, expectation);
                     match judge(&concerned, expectation, push, sent) {
-                        Look::Arrived => {}
+                        Look::Arrived(_) => {}
                         Look::Waits(why) => waits.push(why),
                         refused @ Look::Refused(_) => return refused,
                     }
@@ -192,7 +235,7 @@ impl Follow {
             }
         }
         if waits.is_empty() {
-            Look::Arrived
+            Look::Arrived(known)
         } else {
             Look::Waits(waits.join("; "))
         }
@@ -201,7 +244,7 @@ impl Follow {
     /// Where nobody can be asked, time must do.
     fn after(&self, delay: Duration, why: &str) -> Look {
         if self.started.elapsed() >= delay {
-            Look::Arrived
+            Look::Arrived(Known::Unknown(format!("{why}; {delay:?} were waited")))
         } else {
             Look::Waits(format!("{why}; {delay:?} are waited"))
         }
@@ -239,7 +282,7 @@ fn judge(concerned: &[&ProxyState], expectation: &Expectation, push: Push, sent:
         ));
     }
     if waiting.is_empty() {
-        return Look::Arrived;
+        return Look::Arrived(Known::Everywhere);
     }
     Look::Waits(format!(
         "{} of {} proxies have not got it: {}",
@@ -295,8 +338,14 @@ fn has_in_scope(
     pod: &PodFacts,
     expectation: &Expectation,
 ) -> bool {
-    let Expectation { service, fqdn, .. } = expectation;
-    is_in_scope(world, root, (&key.namespace, pod), service, fqdn)
+    let Expectation {
+        service,
+        fqdn,
+        hidden,
+        ..
+    } = expectation;
+    !hidden.contains(&key.namespace)
+        && is_in_scope(world, root, (&key.namespace, pod), service, fqdn)
 }
 
 /// The first of many names.
@@ -359,6 +408,30 @@ mod tests {
     use super::*;
     use crate::testing::{foreign_sidecar, pod, service, world};
 
+    /// What nobody could be asked is never said to be everywhere.
+    #[test]
+    fn what_is_known_least_of_is_said() {
+        let why = || Known::Unknown("no istiod is known; 5s were waited".into());
+        let known = |steps: &[Known]| Known::of_all(steps.iter().cloned());
+        assert_eq!(known(&[Known::Everywhere, why()]), why());
+        assert_eq!(known(&[Known::Sent, Known::Everywhere]), Known::Sent);
+        assert_eq!(
+            known(&[Known::Nothing, Known::Everywhere]),
+            Known::Everywhere
+        );
+        assert_eq!(known(&[]), Known::Nothing);
+        assert!(
+            why()
+                .say()
+                .starts_with("it is not known whether proxies have it")
+        );
+        let follow = Follow::default();
+        let after = follow.after(Duration::ZERO, "no istiod is known");
+        assert!(
+            matches!(after, Look::Arrived(Known::Unknown(why)) if why.contains("no istiod is known"))
+        );
+    }
+
     #[test]
     fn who_is_connected_to_no_istiod() {
         let mut mesh = world();
@@ -375,6 +448,7 @@ mod tests {
             service: Key::new("bank", "vault"),
             fqdn: "vault.bank.svc.cluster.local".into(),
             wanted: Vec::new(),
+            hidden: BTreeSet::new(),
         };
         let absent = |connected: &[&str], mesh: &World| {
             let connected = connected.iter().map(|name| Key::new("shop", *name));

@@ -70,5 +70,6 @@ fn expectation(gathered: &Gathered<'_>, wanted: Vec<Wanted>) -> Expectation {
         service: gathered.service.clone(),
         fqdn: gathered.fqdn.clone(),
         wanted,
+        hidden: gathered.others.hidden.clone(),
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use fenceline_crds::Change;
 use tokio::sync::{mpsc, watch};
 
-use super::arrival::{Expectation, Outcome, until_arrived};
+use super::arrival::{Expectation, Known, Outcome, until_arrived};
 use super::istiod::Istiods;
 use crate::world::{Key, World};
 
@@ -44,7 +44,7 @@ impl Followed {
         let task = tokio::spawn(async move {
             let service = expectation.service.clone();
             let outcome = if expectation.wanted.is_empty() {
-                Outcome::Arrived
+                Outcome::Arrived(Known::Nothing)
             } else {
                 until_arrived(&istiods, &world, &expectation, &change, &say).await
             };
@@ -63,7 +63,10 @@ impl Followed {
     /// What has arrived long ago.
     pub(super) fn arrived(content: String) -> Self {
         let long_ago = Instant::now().checked_sub(LONG_AGO);
-        let outcome = (Outcome::Arrived, long_ago.unwrap_or_else(Instant::now));
+        let outcome = (
+            Outcome::Arrived(Known::AsSaid),
+            long_ago.unwrap_or_else(Instant::now),
+        );
         Self {
             content,
             outcome: watch::channel(Some(outcome)).1,

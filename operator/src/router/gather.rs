@@ -6,7 +6,7 @@ use fenceline_crds::Router;
 use jiff::Timestamp;
 use kube::ResourceExt;
 
-use super::said;
+use super::others::{Others, Owner};
 use super::write::Objects;
 use crate::fence::select::{Labels, matches, pods_in};
 use crate::patch::Patches;
@@ -21,8 +21,17 @@ pub(super) struct Gathered<'a> {
     pub(super) juniors: Vec<Arc<Router>>,
     pub(super) patches: Patches,
     pub(super) objects: Objects,
-    /// What stands in the way.
-    pub(super) conflicts: Vec<String>,
+    /// What other people wrote for it.
+    pub(super) others: Others,
+}
+
+/// Namespaces that mean something to everybody.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Namespaces<'a> {
+    /// Istio's root namespace.
+    pub(super) root: &'a str,
+    /// That of our view of what istiod sends.
+    pub(super) view: &'a str,
 }
 
 /// How many pods behind the Service have these labels, and are ready.
@@ -39,8 +48,12 @@ pub(super) fn endpoints(world: &World, service: &Key, labels: &Labels) -> u32 {
     u32::try_from(ready.count()).unwrap_or(u32::MAX)
 }
 
-/// Finds out all there is about a service; `root` is Istio's root namespace.
-pub(super) fn gather<'a>(service: &'a Key, world: &World, root: &str) -> Gathered<'a> {
+/// Finds out all there is about a service.
+pub(super) fn gather<'a>(
+    service: &'a Key,
+    world: &World,
+    namespaces: Namespaces<'_>,
+) -> Gathered<'a> {
     let age = |router: &Arc<Router>| {
         let created = router.creation_timestamp().map(|time| time.0);
         (created.unwrap_or(Timestamp::MAX), router.name_any())
@@ -58,13 +71,26 @@ pub(super) fn gather<'a>(service: &'a Key, world: &World, root: &str) -> Gathere
     let patches = in_namespace(&world.traffic_patches, &service.namespace).map(|(_, patch)| patch);
     let patches = patches.filter(|patch| patch.spec.service == service.name);
     let fqdn = world.fqdn(service);
+    let objects = Objects::stored(service, world);
+    let change = router
+        .as_ref()
+        .and_then(|router| router.spec.change.as_ref());
+    let ours = objects.routes.as_ref();
+    let owner = Owner {
+        service,
+        fqdn: &fqdn,
+        callers: change.map(|change| &*change.callers).unwrap_or_default(),
+        since: ours
+            .and_then(|ours| ours.creation_timestamp())
+            .map(|time| time.0),
+    };
     Gathered {
-        conflicts: said::conflicts(service, &fqdn, world, root),
+        others: Others::of(owner, world, namespaces),
         service,
         fqdn,
         router,
         juniors: routers.collect(),
         patches: Patches::new(patches.cloned().collect()),
-        objects: Objects::stored(service, world),
+        objects,
     }
 }

@@ -1,6 +1,6 @@
 //! One service at a time: gather, plan, the next step, status.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,18 +11,21 @@ use kube::ResourceExt;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::arrival::{Expectation, Outcome};
+use super::arrival::{Expectation, Known, Outcome};
 use super::follow::Followed;
-use super::gather::{Gathered, endpoints, gather};
+use super::gather::{Gathered, Namespaces, endpoints, gather};
 use super::order::{self, Arrived, Stage, Step, Stored};
+use super::others;
 use super::passing::Passing;
 use super::plan::{Inputs, Target, plan, short_hash, subset_name};
 use super::report::Report;
 use super::write::{self, Made, Objects};
-use super::{Context, RESYNC, RETRY, said};
+use super::{Context, RESYNC, RETRY, blame, said};
 use crate::apply;
+use crate::fence::Settings;
 use crate::fence::select::Labels;
 use crate::note::Note;
+use crate::patch::bound::BOUNDS;
 use crate::process::evaluate::{self, TooLong};
 use crate::process::quarantine::{self, Object};
 use crate::work::Next;
@@ -46,12 +49,17 @@ pub(super) struct OnTheWay {
     /// The versions of objects that we wrote: until the watch shows them or newer ones, nothing is worked out.
     written: Option<(Instant, write::Versions)>,
     passing: Option<Passing>,
+    /// Namespaces that are kept apart, and since when they need not be.
+    unhidden: BTreeMap<String, Instant>,
+    /// How many patches are left out for each bound.
+    over: BTreeMap<&'static str, usize>,
 }
 
 /// Where a service stands.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Standing {
-    Stable,
+    /// All is done; what is known of the proxies.
+    Stable(Known),
     /// A step is on its way.
     Changing(Stage, String),
     /// The target was refused, and the last good state is in force.
@@ -62,6 +70,13 @@ pub(super) enum Standing {
     Invalid(String),
     NoService,
     Failing(String),
+}
+
+fn namespaces(settings: &Settings) -> Namespaces<'_> {
+    Namespaces {
+        root: &settings.root_namespace,
+        view: &settings.operator.namespace,
+    }
 }
 
 fn is_quarantined(gathered: &Gathered<'_>, now: Timestamp) -> bool {
@@ -75,12 +90,13 @@ fn is_quarantined(gathered: &Gathered<'_>, now: Timestamp) -> bool {
 async fn evaluate(
     service: &Key,
     world: &Arc<World>,
-    root: &str,
+    settings: &Settings,
+    apart: BTreeSet<String>,
     now: Timestamp,
 ) -> Result<Result<Target, String>, TooLong> {
-    let (service, world, root) = (service.clone(), Arc::clone(world), root.to_owned());
+    let (service, world, settings) = (service.clone(), Arc::clone(world), settings.clone());
     evaluate::within_deadline(move || {
-        let gathered = gather(&service, &world, &root);
+        let gathered = gather(&service, &world, namespaces(&settings));
         let endpoints = |labels: &Labels| endpoints(&world, &service, labels);
         let shut = said::shut(&gathered, &world, now);
         let inputs = Inputs {
@@ -89,6 +105,7 @@ async fn evaluate(
             patches: &gathered.patches,
             endpoints: &endpoints,
             shut: &shut,
+            apart: &apart,
         };
         plan(&inputs).map_err(|invalid| invalid.to_string())
     })
@@ -112,7 +129,8 @@ impl Hosts {
     /// Takes the next step for a service.
     pub(super) async fn reconcile(&self, service: &Key) -> Next {
         let world = Arc::clone(&self.context.world.borrow());
-        let gathered = gather(service, &world, &self.context.settings.root_namespace);
+        let settings = &self.context.settings;
+        let gathered = gather(service, &world, namespaces(settings));
         if !self.is_shown(service, &gathered.objects) {
             return Next::In(SHOWN);
         }
@@ -120,8 +138,8 @@ impl Hosts {
         if is_quarantined(&gathered, now) {
             return Next::In(RESYNC);
         }
-        let root = &self.context.settings.root_namespace;
-        let (target, standing) = match evaluate(service, &world, root, now).await {
+        let (apart, apart_for) = self.keep_apart(&gathered);
+        let (target, standing) = match evaluate(service, &world, settings, apart, now).await {
             Err(TooLong) => return self.quarantine(service, now).await,
             Ok(Err(invalid)) => (Target::default(), Standing::Invalid(invalid)),
             Ok(Ok(target)) => {
@@ -129,6 +147,7 @@ impl Hosts {
                 (target, standing)
             }
         };
+        self.note_over(service, &target);
         let prepared = |branch: &str| self.is_prepared(&gathered, branch);
         let (lasts, again) = self.pass(&gathered, &standing);
         let report = Report {
@@ -143,6 +162,7 @@ impl Hosts {
         let nothing = gathered.router.is_none() && gathered.patches.is_empty();
         if nothing && gathered.objects.is_empty() {
             self.lock().remove(service);
+            self.show_over();
             return Next::Gone;
         }
         let ends = said::next_end(&gathered, now).and_then(|end| Duration::try_from(end).ok());
@@ -152,7 +172,41 @@ impl Hosts {
             _ if !reported => RETRY,
             _ => RESYNC,
         };
-        Next::In(ends.map_or(next, |end| end.min(next)))
+        let ends = ends.into_iter().chain(apart_for);
+        Next::In(ends.fold(next, Duration::min))
+    }
+
+    /// The namespaces to keep apart, and when that is to be looked at again.
+    fn keep_apart(&self, gathered: &Gathered<'_>) -> (BTreeSet<String>, Option<Duration>) {
+        let stored = gathered.objects.routes.as_ref();
+        let stored = stored.map(|routes| others::apart(&routes.spec));
+        let mut followed = self.lock();
+        let of_service = followed.entry(gathered.service.clone()).or_default();
+        others::keep_apart(
+            &gathered.others.hidden,
+            &stored.unwrap_or_default(),
+            &mut of_service.unhidden,
+            Instant::now(),
+        )
+    }
+
+    fn note_over(&self, service: &Key, target: &Target) {
+        let mut followed = self.lock();
+        let of_service = followed.entry(service.clone()).or_default();
+        if of_service.over != target.patches.over {
+            of_service.over.clone_from(&target.patches.over);
+            drop(followed);
+            self.show_over();
+        }
+    }
+
+    /// Shows how many patches are left out, of all services.
+    fn show_over(&self) {
+        let followed = self.lock();
+        for bound in BOUNDS {
+            let over = followed.values().filter_map(|of| of.over.get(bound));
+            self.context.metrics.is_over(bound, over.sum());
+        }
     }
 
     /// Marks the service's Routers and patches; what is in effect stays.
@@ -202,8 +256,8 @@ impl Hosts {
     async fn carry_out(&self, gathered: &Gathered<'_>, target: &Target, world: &World) -> Standing {
         // What nobody wants any more goes, whoever else is there.
         let wanted = target.rule.is_some() || target.routes.is_some();
-        if wanted && !gathered.conflicts.is_empty() {
-            return Standing::Conflicted(gathered.conflicts.clone());
+        if wanted && !gathered.others.conflicts.is_empty() {
+            return Standing::Conflicted(gathered.others.conflicts.clone());
         }
         if let Some(router) = &gathered.router {
             match write::ensure_service(router, world, &self.context).await {
@@ -211,7 +265,7 @@ impl Hosts {
                 Err(apply::Error::NotOurs { object, .. }) => {
                     return Standing::ServiceIsForeign(object);
                 }
-                Err(error) => return Standing::Failing(crate::chain(&error)),
+                Err(error) => return failing(&error, target),
             }
         }
         if !world.services.contains_key(gathered.service) && target.rule.is_some() {
@@ -227,12 +281,12 @@ impl Hosts {
             None => {}
             Some((stage @ Stage::ShiftingRoutes, why)) => {
                 return self
-                    .put_back::<VirtualService>(gathered, stage, &why, &wanted, world)
+                    .put_back::<VirtualService>(gathered, target, stage, &why, world)
                     .await;
             }
             Some((stage, why)) => {
                 return self
-                    .put_back::<DestinationRule>(gathered, stage, &why, &wanted, world)
+                    .put_back::<DestinationRule>(gathered, target, stage, &why, world)
                     .await;
             }
         }
@@ -247,22 +301,36 @@ impl Hosts {
             target.routes.as_ref(),
             arrived,
         ) {
-            Step::Done => Standing::Stable,
+            Step::Done => Standing::Stable(self.known(gathered.service)),
             Step::Wait(stage) => {
                 Standing::Changing(stage, self.says(gathered.service, stage, &change))
             }
             Step::Rule(stage, rule) => {
                 let good = stored.rule.filter(|_| arrived.rule);
                 let note = Note::good(good, gathered.objects.rule.as_deref());
-                self.write::<DestinationRule>(gathered, stage, rule, &note, &change, world)
-                    .await
+                self.write::<DestinationRule>(
+                    (gathered, target),
+                    stage,
+                    rule,
+                    &note,
+                    &change,
+                    world,
+                )
+                .await
             }
             Step::Routes(routes) => {
                 let good = stored.routes.filter(|_| arrived.routes);
                 let note = Note::good(good, gathered.objects.routes.as_deref());
                 let stage = Stage::ShiftingRoutes;
-                self.write::<VirtualService>(gathered, stage, routes, &note, &change, world)
-                    .await
+                self.write::<VirtualService>(
+                    (gathered, target),
+                    stage,
+                    routes,
+                    &note,
+                    &change,
+                    world,
+                )
+                .await
             }
         }
     }
@@ -271,9 +339,9 @@ impl Hosts {
     async fn put_back<K: Made>(
         &self,
         gathered: &Gathered<'_>,
+        target: &Target,
         stage: Stage,
         why: &str,
-        wanted: &str,
         world: &World,
     ) -> Standing {
         let change = Change {
@@ -281,10 +349,10 @@ impl Hosts {
             ..change(gathered.router.as_deref())
         };
         tracing::warn!(service = %gathered.service, stage = stage.name(), why, "a change is taken back");
-        let note = Note::refused(K::of(&gathered.objects), wanted, why);
+        let note = Note::refused(K::of(&gathered.objects), &write::mark(target), why);
         let last = K::last_good(gathered);
         match self
-            .write::<K>(gathered, stage, last, &note, &change, world)
+            .write::<K>((gathered, target), stage, last, &note, &change, world)
             .await
         {
             Standing::Failing(error) => Standing::Failing(error),
@@ -294,7 +362,7 @@ impl Hosts {
 
     async fn write<K: Made>(
         &self,
-        gathered: &Gathered<'_>,
+        (gathered, target): (&Gathered<'_>, &Target),
         stage: Stage,
         spec: Option<K::Spec>,
         note: &Note,
@@ -315,7 +383,7 @@ impl Hosts {
             (None, None) => Ok(None),
         };
         match written {
-            Err(error) => Standing::Failing(crate::chain(&error)),
+            Err(error) => failing(&error, target),
             Ok(object) => {
                 let version = object.and_then(|object| object.resource_version());
                 let mut on_the_way = self.lock();
@@ -385,7 +453,7 @@ impl Hosts {
             return Arrived::default();
         };
         let ended = |followed: Option<&Followed>| match followed?.outcome()? {
-            (Outcome::Arrived, at) => Some(at),
+            (Outcome::Arrived(_), at) => Some(at),
             _ => None,
         };
         let routes = ended(of_service.routes.as_ref());
@@ -419,12 +487,24 @@ impl Hosts {
         let followed = self.lock();
         let of_service = followed.get(service)?;
         let failed = |followed: Option<&Followed>| match followed?.outcome()?.0 {
-            Outcome::Arrived => None,
+            Outcome::Arrived(_) => None,
             Outcome::Refused(why) => Some(why),
             Outcome::Late(why) => Some(format!("not in time: {why}")),
         };
         let routes = failed(of_service.routes.as_ref()).map(|why| (Stage::ShiftingRoutes, why));
         routes.or_else(|| failed(of_service.rule.as_ref()).map(|why| (Stage::AddingSubsets, why)))
+    }
+
+    /// What is known of what is in force.
+    fn known(&self, service: &Key) -> Known {
+        let followed = self.lock();
+        let of_service = followed.get(service);
+        let known = |followed: Option<&Followed>| match followed?.outcome()?.0 {
+            Outcome::Arrived(known) => Some(known),
+            Outcome::Refused(_) | Outcome::Late(_) => None,
+        };
+        let both = of_service.map(|of| [known(of.rule.as_ref()), known(of.routes.as_ref())]);
+        Known::of_all(both.into_iter().flatten().flatten())
     }
 
     fn says(&self, service: &Key, stage: Stage, change: &Change) -> String {
@@ -439,6 +519,17 @@ impl Hosts {
         };
         followed.map(Followed::says).unwrap_or_default()
     }
+}
+
+/// What the API refused; where it is a patch's field, by that.
+fn failing(error: &apply::Error, target: &Target) -> Standing {
+    let Some(refusal) = error.refusal() else {
+        return Standing::Failing(crate::chain(error));
+    };
+    Standing::Failing(match blame::field(&refusal, &target.patches) {
+        Some(field) => format!("{field}: {refusal}"),
+        None => refusal,
+    })
 }
 
 /// How changes of a service are made; without a Router by the defaults.

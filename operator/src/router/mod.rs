@@ -2,12 +2,14 @@
 //! and changes those in an order in which no request fails ([`order`]).
 
 pub mod arrival;
+mod blame;
 mod expect;
 mod follow;
 mod gather;
 mod host;
 pub mod istiod;
 pub mod order;
+mod others;
 mod passing;
 pub mod plan;
 #[cfg(test)]
@@ -28,6 +30,7 @@ use tokio::sync::{mpsc, watch};
 use crate::apply::{SERVICE_LABEL, Writer};
 use crate::clock::Clock;
 use crate::fence::Settings;
+use crate::metrics::Metrics;
 use crate::process::Pulse;
 use crate::process::quarantine::Object;
 use crate::router::host::Hosts;
@@ -51,6 +54,7 @@ pub struct Context {
     pub settings: Settings,
     pub istiods: Arc<Istiods>,
     pub clock: Clock,
+    pub metrics: Arc<Metrics>,
 }
 
 /// Keeps services as their Routers and patches want them for as long as it is polled: the leader's work.

@@ -166,7 +166,8 @@ pub fn marks(routes: &VirtualServiceSpec) -> BTreeSet<String> {
         let routes = routes.other.get(protocol).and_then(Value::as_array);
         routes.into_iter().flatten()
     };
-    let of_some = |one: &Value| one.get("sourceLabels").is_some();
+    let of_some =
+        |one: &Value| one.get("sourceLabels").is_some() || one.get("sourceNamespace").is_some();
     let matches = |route: &Value| route["match"].as_array().cloned().unwrap_or_default();
     let named = of("http").filter(|route| {
         let matches = matches(route);

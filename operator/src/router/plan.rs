@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::istiod::VIEW_LABEL;
 use crate::fence::select::Labels;
+use crate::patch::bound::{Room, bytes};
 use crate::patch::{Outcome, Part, Patches, Requests, header_match};
 
 /// What is known of a service.
@@ -21,6 +22,8 @@ pub struct Inputs<'a> {
     pub endpoints: &'a dyn Fn(&Labels) -> u32,
     /// Branches that may not be reached now, with why: another service of the sandbox is not ready, or its time is over.
     pub shut: &'a BTreeMap<String, String>,
+    /// Namespaces whose callers do not have our clusters: they are led where they were without us.
+    pub apart: &'a BTreeSet<String>,
 }
 
 /// What should be there in the end.
@@ -30,6 +33,8 @@ pub struct Target {
     pub rule: Option<DestinationRuleSpec>,
     /// Nothing: no VirtualService.
     pub routes: Option<VirtualServiceSpec>,
+    /// The routes as they would be for everybody, where some are kept apart: what is wanted does not change with those.
+    pub for_everybody: Option<VirtualServiceSpec>,
     /// Each branch, as it is.
     pub branches: Vec<BranchPlan>,
     pub patches: Outcome,
@@ -111,6 +116,13 @@ fn version_labels(labels: &VersionLabels, branch: &str, version: &str) -> Labels
 /// Says what of the Router makes no sense.
 pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
     let mut target = Target::default();
+    let patches = inputs
+        .patches
+        .within_bounds(&rooms(inputs.router), &mut target.patches);
+    let inputs = &Inputs {
+        patches: &patches,
+        ..*inputs
+    };
     let Some(router) = inputs.router else {
         let outcome = &mut target.patches;
         inputs.patches.refuse_unknown(&BTreeMap::new(), outcome);
@@ -163,17 +175,57 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Target, Invalid> {
         .refuse_unknown(&versions, &mut target.patches);
     subsets.sort_by(|a: &Subset, b| a.name.cmp(&b.name));
     target.rule = Some(rule(inputs.host, subsets, host_policy));
-    target.routes = Some(match router.spec.protocol {
-        RouteProtocol::Http | RouteProtocol::Grpc => {
-            if router.spec.port.is_some() {
-                // The other ports: a VirtualService takes all of them, and 404 is the answer where none of its routes fits.
-                routes.push(json!({"name": "other-ports", "route": [{"destination": {"host": inputs.host}}]}));
-            }
-            http_routes(inputs.host, routes)
-        }
-        RouteProtocol::Tcp => tcp_routes(inputs.host, routes),
-    });
+    let connections = router.spec.protocol == RouteProtocol::Tcp;
+    if router.spec.port.is_some() && !connections {
+        // The other ports: a VirtualService takes all of them, and 404 is the answer where none of its routes fits.
+        routes.push(
+            json!({"name": "other-ports", "route": [{"destination": {"host": inputs.host}}]}),
+        );
+    }
+    let marked = if connections { tcp_routes } else { http_routes };
+    if !inputs.apart.is_empty() {
+        target.for_everybody = Some(marked(inputs.host, routes.clone()));
+        routes.insert(0, apart(inputs, connections));
+    }
+    target.routes = Some(marked(inputs.host, routes));
     Ok(target)
+}
+
+/// Before all others: callers of some namespaces go to the Service itself, whose cluster everybody has.
+fn apart(inputs: &Inputs<'_>, connections: bool) -> Value {
+    let of = inputs.apart.iter();
+    let of: Vec<Value> = of
+        .map(|namespace| json!({"sourceNamespace": namespace}))
+        .collect();
+    let mut route = json!({"match": of, "route": [{"destination": {"host": inputs.host}}]});
+    if !connections {
+        route["name"] = json!("apart");
+    }
+    route
+}
+
+/// What there is for patches to bear on, and how much of it before them.
+fn rooms(router: Option<&Router>) -> Vec<Room<'_>> {
+    let Some(router) = router else {
+        return vec![Room::default()];
+    };
+    let labels = router.spec.labels.clone().unwrap_or_default();
+    let branches = router.spec.branches.iter();
+    let longest = |branch: &Branch| {
+        let lengths = branch
+            .matches
+            .iter()
+            .map(|one| bytes(&istio_match(one, &labels)));
+        lengths.max().unwrap_or_default()
+    };
+    branches
+        .map(|branch| Room {
+            branch: Some(&branch.name),
+            versions: branch.versions.keys().map(String::as_str).collect(),
+            alternatives: branch.matches.len(),
+            longest: longest(branch),
+        })
+        .collect()
 }
 
 fn check(router: &Router, labels: &VersionLabels) -> Result<(), Invalid> {
@@ -218,17 +270,22 @@ fn subsets_of(
     outcome: &mut Outcome,
 ) -> Vec<Subset> {
     let mut subsets = Vec::new();
+    let narrowed = inputs.patches.narrow(&branch.name);
     for version in branch.versions.keys() {
         let part = Part {
             branch: Some(&branch.name),
             version: Some(version),
         };
         // Of a subset's policy Istio takes each field whole, or else the host's: so it has everything, or nothing.
-        let mut noted = Outcome::default();
-        let policy = inputs.patches.policy(part, &mut noted);
-        let differs = policy != *host_policy;
-        if differs {
-            outcome.extend(noted);
+        let mut policy = Map::new();
+        let mut differs = false;
+        if narrowed {
+            let mut noted = Outcome::default();
+            policy = inputs.patches.policy(part, &mut noted);
+            differs = policy != *host_policy;
+            if differs {
+                outcome.extend(noted);
+            }
         }
         subsets.push(Subset {
             name: subset_name(&branch.name, version),

@@ -1,6 +1,6 @@
 //! What a Router and patches make.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use fenceline_crds::{Router, TrafficPatch};
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::istiod::VIEW_LABEL;
 use super::plan::{Inputs, Invalid, Target, plan, subset_name};
+use super::{order, others, write};
 use crate::fence::select::Labels;
 use crate::patch::Patches;
 use crate::testing::yaml;
@@ -29,6 +30,7 @@ fn planned(
         patches: &Patches::new(patches.collect()),
         endpoints,
         shut: &BTreeMap::new(),
+        apart: &BTreeSet::new(),
     })
 }
 
@@ -269,4 +271,54 @@ fn subsets_have_names_that_istio_takes() {
     }
     let long = "v".repeat(63);
     assert!(subset_name("main", &long).len() <= 63);
+}
+
+/// Whose DestinationRule hides ours has no cluster of ours: its callers go where they went without us.
+#[test]
+fn callers_that_do_not_have_our_clusters_are_led_to_the_service_itself() {
+    let planned = |spec: &str, apart: &[&str]| {
+        plan(&Inputs {
+            host: HOST,
+            router: Some(&Router::new("reviews", yaml(spec))),
+            patches: &Patches::default(),
+            endpoints: &ready,
+            shut: &BTreeMap::new(),
+            apart: &apart.iter().map(|name| (*name).to_owned()).collect(),
+        })
+        .unwrap()
+    };
+    let everybody = planned(TWO_BRANCHES, &[]);
+    let apart = planned(TWO_BRANCHES, &["evil", "vile"]);
+    let routes = http(&apart);
+    let want = json!({
+        "name": "apart",
+        "match": [{"sourceNamespace": "evil"}, {"sourceNamespace": "vile"}],
+        "route": [{"destination": {"host": HOST}}],
+    });
+    assert_eq!(routes[0], want);
+    assert_eq!(
+        routes.as_array().unwrap()[1..],
+        *http(&everybody).as_array().unwrap()
+    );
+    let spec = apart.routes.as_ref().unwrap();
+    assert_eq!(
+        others::apart(spec),
+        ["evil".to_owned(), "vile".to_owned()].into()
+    );
+    assert!(
+        order::marks(spec)
+            .iter()
+            .all(|mark| !mark.starts_with("apart")),
+        "our own view does not get that route"
+    );
+    assert!(order::marks(spec).is_disjoint(&order::marks(everybody.routes.as_ref().unwrap())));
+    assert_eq!(
+        write::mark(&apart),
+        write::mark(&everybody),
+        "what is wanted is the same"
+    );
+    let tcp = "{service: reviews, protocol: TCP, branches: [{name: main, versions: {v1: 1}}]}";
+    let routes = planned(tcp, &["evil"]).routes.unwrap().other["tcp"].clone();
+    assert_eq!(routes[1]["match"], json!([{"sourceNamespace": "evil"}]));
+    assert_eq!(routes[1]["route"], json!([{"destination": {"host": HOST}}]));
 }

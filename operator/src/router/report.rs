@@ -11,11 +11,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Context;
+use super::arrival::Known;
 use super::gather::Gathered;
 use super::host::Standing;
 use super::plan::{BranchPlan, Target};
 use super::said::since;
 use crate::status::{Said, set_conditions};
+
+/// A status names so many fields: each has its place for each version of each branch.
+const FIELDS: usize = 200;
 
 /// What there is to be said of a service.
 pub(super) struct Report<'a> {
@@ -82,13 +86,19 @@ impl Report<'_> {
         let generation = router.metadata.generation;
         let branches = self.target.branches.iter();
         let branches = branches.map(|branch| self.of_branch(router, branch));
-        let said = [ready(self.standing), conflicted(self.standing)];
+        let said = [self.ready(&old.conditions), self.conflicted()];
         RouterStatus {
             observed_generation: generation,
             stage: Some(said[0].reason.to_owned()),
             conditions: set_conditions(&old.conditions, &said, generation, self.now),
             branches: branches.collect(),
-            fields: self.target.patches.fields(),
+            fields: self
+                .target
+                .patches
+                .fields()
+                .into_iter()
+                .take(FIELDS)
+                .collect(),
             in_force: self.in_force(),
         }
     }
@@ -137,8 +147,8 @@ impl Report<'_> {
         let generation = patch.metadata.generation;
         let name = patch.name_any();
         let outcome = &self.target.patches;
-        let won = outcome.won.get(&name).into_iter().flatten();
-        let lost = outcome.lost.get(&name).into_iter().flatten();
+        let won = outcome.won.get(&name).into_iter().flatten().take(FIELDS);
+        let lost = outcome.lost.get(&name).into_iter().flatten().take(FIELDS);
         let (won, lost): (Vec<_>, Vec<_>) = (won.cloned().collect(), lost.cloned().collect());
         let untouched = old.observed_generation == generation
             && old.won == won
@@ -150,9 +160,9 @@ impl Report<'_> {
         }
         let ready = match outcome.refused.get(&name) {
             Some(why) => said("Ready", false, "NotApplied", why.clone()),
-            None => ready(self.standing),
+            None => self.ready(&old.conditions),
         };
-        let said = [ready, conflicted(self.standing)];
+        let said = [ready, self.conflicted()];
         let first = self.gathered.patches.iter().next();
         let speaks =
             self.gathered.router.is_none() && first.is_some_and(|first| first.name_any() == name);
@@ -165,8 +175,29 @@ impl Report<'_> {
         }
     }
 
+    /// What a replica that leads since a moment has not seen itself stays as it was said.
+    fn ready(&self, old: &[Condition]) -> Said {
+        let mut said = ready(self.standing);
+        let mut before = old.iter().filter(|before| before.type_ == "Ready");
+        if let Standing::Stable(Known::AsSaid) = self.standing
+            && let Some(before) = before.find(|before| before.reason == "Stable")
+        {
+            said.message.clone_from(&before.message);
+        }
+        said
+    }
+
+    /// With what bears on callers of other namespaces alone.
+    fn conflicted(&self) -> Said {
+        let mut said = conflicted(self.standing);
+        if let (false, Some(remarks)) = (said.status, self.gathered.others.remarks()) {
+            said.message = format!("nothing stands in the way; {remarks}");
+        }
+        said
+    }
+
     fn in_force(&self) -> Option<String> {
-        let stable = *self.standing == Standing::Stable;
+        let stable = matches!(self.standing, Standing::Stable(_));
         stable.then(|| self.gathered.objects.mark())
     }
 }
@@ -265,7 +296,7 @@ fn said(type_: &'static str, status: bool, reason: &'static str, message: String
 /// The `Ready` condition.
 fn ready(standing: &Standing) -> Said {
     let (status, reason, message) = match standing {
-        Standing::Stable => (true, "Stable", "every proxy has it".to_owned()),
+        Standing::Stable(known) => (true, "Stable", known.say()),
         Standing::Changing(stage, why) => (false, stage.name(), why.clone()),
         Standing::Refused(why) => (
             false,
@@ -322,6 +353,7 @@ mod tests {
             let said = [ready(standing), conflicted(standing)];
             set_conditions(&[], &said, None, Timestamp::UNIX_EPOCH)
         };
+        let stable = || Standing::Stable(Known::Everywhere);
         let changing = Standing::Changing(super::super::order::Stage::Draining, String::new());
         let refused = Standing::Refused("no".into());
         let theirs = Standing::Conflicted(vec!["VirtualService shop/theirs".into()]);
@@ -329,14 +361,14 @@ mod tests {
             let event = event(&conditions(before), &conditions(after));
             event.map(|(warning, reason, _)| (warning, reason))
         };
-        assert_eq!(told(&Standing::Stable, &changing), None);
+        assert_eq!(told(&stable(), &changing), None);
         assert_eq!(told(&changing, &refused), Some((true, "Refused")));
         assert_eq!(told(&refused, &refused), None);
         assert_eq!(told(&refused, &changing), None);
         assert_eq!(told(&changing, &theirs), Some((true, "Conflicted")));
         assert_eq!(told(&theirs, &changing), Some((false, "NoConflict")));
         assert_eq!(
-            told(&Standing::Stable, &Standing::Invalid("x".into())),
+            told(&stable(), &Standing::Invalid("x".into())),
             Some((true, "Invalid"))
         );
     }

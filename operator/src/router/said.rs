@@ -10,7 +10,7 @@ use kube::ResourceExt;
 use super::gather::Gathered;
 use super::order;
 use super::plan::subset_name;
-use crate::world::{Key, World, in_namespace};
+use crate::world::{World, in_namespace};
 
 /// Whether status says that every proxy had what is stored.
 pub(super) fn is_in_force(gathered: &Gathered<'_>) -> bool {
@@ -124,43 +124,6 @@ fn lacks(router: &Router, branch: &str) -> bool {
     beside_base.any(|has: &Branch| has.name == branch) && !known.any(|known| known.prepared)
 }
 
-/// What somebody else wrote for the same host.
-pub(super) fn conflicts(service: &Key, fqdn: &str, world: &World, root: &str) -> Vec<String> {
-    let routes = world.routes_of(fqdn);
-    let own = Key::new(&*service.namespace, super::write::name(service));
-    let foreign = routes.filter(|key| **key != own);
-    let mut conflicts: Vec<String> = foreign
-        .map(|key| match key.name.split_once('/') {
-            Some((kind, name)) => format!(
-                "{}Route {}/{name}",
-                kind.to_ascii_uppercase(),
-                key.namespace
-            ),
-            None => format!("VirtualService {key}"),
-        })
-        .collect();
-    let rules = world.rules.iter();
-    let theirs = rules.filter(|(key, _)| !world.own_rules.contains_key(*key));
-    conflicts.extend(theirs.filter_map(|(key, host)| {
-        if key.namespace == service.namespace {
-            // Of two in one namespace the more exact host wins, and ours has no wildcard.
-            return (**host == *fqdn).then(|| format!("DestinationRule {key}"));
-        }
-        // The root namespace's come after the service's own.
-        let hides = **host == *fqdn || (key.namespace != root && covers(host, fqdn));
-        hides.then(|| format!("DestinationRule {key}, which hides ours from callers there"))
-    }));
-    conflicts
-}
-
-/// Whether a DestinationRule's host, which may begin with a wildcard, is or covers a name.
-fn covers(host: &str, fqdn: &str) -> bool {
-    match host.strip_prefix('*') {
-        Some(end) => fqdn.ends_with(end),
-        None => host == fqdn,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -169,10 +132,14 @@ mod tests {
     use fenceline_crds::istio::DestinationRule;
 
     use super::*;
-    use crate::router::gather::gather;
+    use crate::router::gather::{Namespaces, gather};
     use crate::testing::{world, yaml};
+    use crate::world::Key;
 
-    const ROOT: &str = "istio-system";
+    const NAMESPACES: Namespaces<'_> = Namespaces {
+        root: "istio-system",
+        view: "fenceline-system",
+    };
 
     fn reviews() -> Key {
         Key::new("shop", "reviews")
@@ -202,46 +169,14 @@ mod tests {
                 ..RouterStatus::default()
             });
             mesh.routers.insert(reviews(), Arc::new(router));
-            is_in_force(&gather(&service, &mesh, ROOT))
+            is_in_force(&gather(&service, &mesh, NAMESPACES))
         };
-        let mark = gather(&service, &before, ROOT).objects.mark();
+        let mark = gather(&service, &before, NAMESPACES).objects.mark();
         assert!(trusted(&before, Some(&mark)));
         assert!(
             !trusted(&after, Some(&mark)),
             "it was written and has not arrived"
         );
         assert!(!trusted(&before, None));
-    }
-
-    #[test]
-    fn whose_destination_rules_are_in_the_way() {
-        let all = |rules: &[(&str, &str)]| {
-            let mut mesh = world();
-            for (namespace, host) in rules {
-                let key = Key::new(*namespace, "theirs");
-                mesh.rules.insert(key, Arc::new((*host).to_owned()));
-            }
-            conflicts(&reviews(), "reviews.shop.svc.cluster.local", &mesh, ROOT)
-        };
-        let none: [&str; 0] = [];
-        assert_eq!(
-            all(&[("shop", "reviews.shop.svc.cluster.local")]),
-            ["DestinationRule shop/theirs"]
-        );
-        assert_eq!(all(&[("shop", "*.shop.svc.cluster.local")]), none);
-        assert_eq!(all(&[(ROOT, "*.local")]), none, "ours comes first");
-        assert_eq!(all(&[("bank", "ratings.shop.svc.cluster.local")]), none);
-        for host in [
-            "reviews.shop.svc.cluster.local",
-            "*.shop.svc.cluster.local",
-            "*.local",
-            "*",
-        ] {
-            let hidden = all(&[("bank", host)]);
-            assert_eq!(
-                hidden,
-                ["DestinationRule bank/theirs, which hides ours from callers there"]
-            );
-        }
     }
 }

@@ -66,9 +66,10 @@ pub(super) fn name(service: &Key) -> String {
     format!("fenceline-{}", service.name)
 }
 
-/// A target, in short.
+/// A target, in short; whose callers are kept apart is nothing that anybody wants.
 pub(super) fn mark(target: &Target) -> String {
-    short_hash(&json!([target.rule, target.routes]).to_string())
+    let routes = target.for_everybody.as_ref().or(target.routes.as_ref());
+    short_hash(&json!([target.rule, routes]).to_string())
 }
 
 /// The versions of what was written.

@@ -8,7 +8,7 @@ use fenceline_crds::istio::{
 use fenceline_crds::{FencePolicy, RateLimit, Router, ServiceFence, TrafficPatch};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
-use super::{Key, NamedHosts, PodFacts, PolicyFacts, ServiceFacts};
+use super::{Key, NamedHosts, PodFacts, PolicyFacts, RuleFacts, ServiceFacts};
 
 /// What changed, already cut to what the world keeps.
 #[derive(Debug)]
@@ -18,8 +18,8 @@ pub(super) enum Change {
     ServiceEntry(Key, Option<NamedHosts>),
     /// A VirtualService's hosts, and all of it where it is ours.
     VirtualService(Key, Option<NamedHosts>, Option<Box<VirtualService>>),
-    /// A DestinationRule's host, and all of it where it is ours.
-    Rule(Key, Option<String>, Option<Box<DestinationRule>>),
+    /// What is kept of a DestinationRule, and all of it where it is ours.
+    Rule(Key, Option<RuleFacts>, Option<Box<DestinationRule>>),
     Router(Key, Option<Box<Router>>),
     TrafficPatch(Key, Option<Box<TrafficPatch>>),
     RateLimit(Key, Option<Box<RateLimit>>),

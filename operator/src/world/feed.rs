@@ -24,10 +24,11 @@ use tokio::sync::{mpsc, watch};
 use super::change::Change;
 pub use super::change::Concerned;
 use super::dependents::Dependents;
-use super::hosts::full_name;
 use super::read::{Guarded, LeanPod, Watched};
 use super::task::WorldTask;
-use super::{Key, NamedHosts, PodFacts, PolicyFacts, Proxy, ServiceFacts, World, mesh_config};
+use super::{
+    Key, NamedHosts, PodFacts, PolicyFacts, Proxy, RuleFacts, ServiceFacts, World, mesh_config,
+};
 use crate::apply::{FENCE_LABEL, MANAGED_BY, MANAGER};
 use crate::fence::Settings;
 use crate::metrics::Metrics;
@@ -132,11 +133,9 @@ pub fn start(
     });
     let domain = cluster_domain.clone();
     watches.watch(&all, move |key, object: Option<DestinationRule>| {
-        let host = object
-            .as_ref()
-            .map(|rule| full_name(&rule.spec.host, &key.namespace, &domain));
+        let facts = object.as_ref().map(|rule| RuleFacts::of(rule, &domain));
         let ours = object.filter(is_ours).map(Box::new);
-        Change::Rule(key, host, ours)
+        Change::Rule(key, facts, ours)
     });
     watches.watch(&all, |key, object: Option<Router>| {
         Change::Router(key, object.map(Box::new))

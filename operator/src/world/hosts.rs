@@ -40,7 +40,7 @@ pub enum ExportTo {
 
 impl ExportTo {
     /// `list` as Istio writes it, in an object of `namespace`: `*`, `.`, `~` or names.
-    fn parse<'a>(list: impl Iterator<Item = &'a str>, namespace: &str) -> Self {
+    pub(super) fn parse<'a>(list: impl Iterator<Item = &'a str>, namespace: &str) -> Self {
         let mut named = BTreeSet::new();
         let mut any = false;
         for entry in list.map(str::trim).filter(|entry| !entry.is_empty()) {
@@ -189,6 +189,8 @@ pub struct NamedHosts {
     pub destinations: BTreeSet<String>,
     /// The VirtualServices that it delegates to.
     pub delegates: BTreeSet<Key>,
+    /// Since when there is a VirtualService: of two for everybody istiod takes the older.
+    pub created: Option<jiff::Timestamp>,
 }
 
 impl NamedHosts {
@@ -241,6 +243,11 @@ impl NamedHosts {
             addresses: Vec::new(),
             destinations,
             delegates,
+            created: service
+                .metadata
+                .creation_timestamp
+                .as_ref()
+                .map(|time| time.0),
         }
     }
 }

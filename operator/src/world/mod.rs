@@ -9,6 +9,7 @@ mod policies;
 mod protection;
 mod read;
 mod redirects;
+mod rules;
 mod task;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -25,6 +26,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
 pub use policies::PolicyFacts;
 use redirects::Redirects;
+pub use rules::RuleFacts;
 
 /// What carries a pod's traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,8 +136,8 @@ pub struct World {
     pub own_routes: OrdMap<Key, Arc<VirtualService>>,
     /// The DestinationRules that it wrote.
     pub own_rules: OrdMap<Key, Arc<DestinationRule>>,
-    /// The host of every DestinationRule.
-    pub rules: OrdMap<Key, Arc<String>>,
+    /// Of every DestinationRule, its host and who sees it.
+    pub rules: OrdMap<Key, Arc<RuleFacts>>,
     pub fence_policies: OrdMap<String, Arc<FencePolicy>>,
     /// Hosts that MeshConfig makes every proxy need, as it writes them.
     pub mesh_config: Arc<BTreeSet<String>>,

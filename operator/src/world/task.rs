@@ -86,8 +86,8 @@ impl WorldTask {
                     concerned.all = true;
                 }
             }
-            Change::Rule(key, host, ours) => {
-                set(&mut self.world.rules, key.clone(), host.map(Box::new));
+            Change::Rule(key, facts, ours) => {
+                set(&mut self.world.rules, key.clone(), facts.map(Box::new));
                 set(&mut self.world.own_rules, key, ours);
             }
             Change::Router(key, object) => set(&mut self.world.routers, key, object),
