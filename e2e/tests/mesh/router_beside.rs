@@ -7,6 +7,7 @@ use fenceline_e2e::app::Protocol;
 use fenceline_e2e::fences::Name;
 use fenceline_e2e::pods::request;
 use fenceline_e2e::routers::{CLIENTS, REVIEWS, load, none_failed};
+use fenceline_e2e::traffic::Traffic;
 use fenceline_e2e::wait::{eventually, throughout};
 use fenceline_e2e::{Lab, PATIENCE, PodSpec};
 
@@ -198,7 +199,8 @@ fn what_hides_ours_from_callers_or_delegates_is_said() {
         let call = request(Protocol::Http1, "reviews.shop:80", connect);
         for host in ["reviews.shop.svc.cluster.local", "*.shop.svc.cluster.local"] {
             lab.apply(&rule(host)).await?;
-            lab.router(REVIEWS, &versions("{v1: 1}")).await?;
+            let named = "{service: reviews, branches: [{name: main, versions: {v1: 1}}], change: {drain: 1s, callers: [bank]}}";
+            lab.router(REVIEWS, named).await?;
             let said = lab.until_router(REVIEWS, "Conflicted").await?;
             println!("{said}");
             anyhow::ensure!(
@@ -224,11 +226,135 @@ fn what_hides_ours_from_callers_or_delegates_is_said() {
               spec: {http: [{route: [{destination: {host: reviews.shop.svc.cluster.local}}]}]}}",
         )
         .await?;
-        lab.router(REVIEWS, &versions("{v1: 1}")).await?;
+        let named = "{service: reviews, branches: [{name: main, versions: {v1: 1}}], change: {callers: [bank]}}";
+        lab.router(REVIEWS, named).await?;
         let said = lab.until_router(REVIEWS, "Conflicted").await?;
         println!("{said}");
         anyhow::ensure!(said.contains("VirtualService bank/root"), "{said}");
+        // Where nobody named its callers it is theirs to do.
+        lab.router(REVIEWS, &versions("{v1: 1}")).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        let said = beside(lab).await?;
+        anyhow::ensure!(
+            said.contains("callers in bank get VirtualService bank/root"),
+            "{said}"
+        );
+        lab.call(("bank", "till"), &call).await?.report()?;
         none_failed(&traffic.stop().await?)
+    });
+}
+
+/// What a Router says of other people's objects that do not stand in its way.
+async fn beside(lab: &Lab) -> anyhow::Result<String> {
+    let status = lab.get_router(REVIEWS).await?.status.context("a status")?;
+    let mut said = status.conditions.into_iter();
+    let said = said.find(|said| said.type_ == "Conflicted");
+    Ok(said.context("Conflicted")?.message)
+}
+
+/// Istio's own example for mutual TLS in a namespace: it is for the callers there, and nobody else's Router waits for it.
+#[test]
+fn a_rule_of_another_namespace_for_everything_stops_nobody() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1", "v2"]).await?;
+        lab.namespace("evil").await?;
+        lab.pod(PodSpec::new("evil", "caller")).await?;
+        let all = "{apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: all, namespace: evil}, \
+            spec: {host: '*.local', exportTo: ['.'], trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}}";
+        lab.apply(all).await?;
+        let mut targets = lab.reviews().await?;
+        targets.truncate(2);
+        let there = Traffic::start(
+            lab,
+            &[("evil", "caller"); 2],
+            targets,
+            Duration::from_millis(20),
+            |_, _, _| 0,
+        )?;
+        let traffic = load(lab, lab.reviews().await?, 6, Duration::from_millis(20))?;
+        // There, and back.
+        for version in ["v1", "v2", "v1"] {
+            lab.router(REVIEWS, &versions(&format!("{{{version}: 1}}")))
+                .await?;
+            lab.until_router(REVIEWS, "Stable").await?;
+            let connect = lab.resolve("shop", "reviews", 80).await?;
+            let call = request(Protocol::Http1, "reviews.shop:80", connect);
+            for client in CLIENTS {
+                let report = lab.call(client, &call).await?.report()?;
+                anyhow::ensure!(report.pod == format!("reviews-{version}"), "{report:?}");
+            }
+        }
+        let said = beside(lab).await?;
+        println!("{said}");
+        anyhow::ensure!(
+            said.contains(
+                "callers in evil do not get this: DestinationRule evil/all hides ours there"
+            ),
+            "{said}"
+        );
+        // Its callers go to the Service itself, as they did without a Router.
+        anyhow::ensure!(there.tally().answered.contains_key("reviews-v2"));
+        // Once it is gone they are led as everybody is, and when it comes again as before.
+        lab.kubectl(&["-n", "evil", "delete", "destinationrule", "all"])
+            .await?;
+        eventually(PATIENCE * 2, "nobody is kept apart", async || {
+            let routes = [
+                "-n",
+                "shop",
+                "get",
+                "virtualservice",
+                "fenceline-reviews",
+                "-o",
+                "jsonpath={.spec}",
+            ];
+            let routes = lab.kubectl(&routes).await?;
+            anyhow::ensure!(!routes.contains("sourceNamespace"), "{routes}");
+            Ok(())
+        })
+        .await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        none_failed(&there.stop().await?)?;
+        none_failed(&traffic.stop().await?)
+    });
+}
+
+/// All annotations of an object have 256 KiB, and what was good before is one of them.
+#[test]
+fn what_is_too_long_to_be_noted_is_changed_all_the_same() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1"]).await?;
+        let long = |mark: &str| {
+            let names: Vec<String> = (0..7000)
+                .map(|n| format!("x-{mark}-{n:06}-{n:06}-{n:06}"))
+                .collect();
+            format!(
+                "{{service: reviews, http: {{headers: {{request: {{remove: [{}]}}}}}}}}",
+                names.join(", ")
+            )
+        };
+        for mark in ["first", "second", "third"] {
+            lab.traffic_patch(("shop", "long"), &long(mark)).await?;
+            lab.until_patch(("shop", "long"), "Stable").await?;
+            let routes = [
+                "-n",
+                "shop",
+                "get",
+                "virtualservice",
+                "fenceline-reviews",
+                "-o",
+                "yaml",
+            ];
+            let routes = lab.kubectl(&routes).await?;
+            anyhow::ensure!(
+                routes.contains(&format!("x-{mark}-006999")),
+                "{mark} is not in force"
+            );
+            anyhow::ensure!(
+                mark == "first" || routes.contains("last-good-left-out"),
+                "{mark}"
+            );
+        }
+        Ok(())
     });
 }
 
