@@ -4,15 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use envoy_types::ext_authz::v3::pb::AuthorizationServer;
-use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogServiceServer;
-use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
 use tonic::transport::server::Router as Services;
 use tracing_subscriber::EnvFilter;
 
@@ -33,12 +29,14 @@ use crate::observe::identity::Identity;
 use crate::observe::peer::Door;
 use crate::observe::prometheus::{self, Prometheus};
 use crate::observe::proxy::Eyes;
+use crate::observe::reporters::Reporters;
 use crate::policy;
 use crate::ports;
 use crate::rate_limit::discovery::Discovery;
 use crate::rate_limit::{self, Ledger};
 use crate::router;
 use crate::router::istiod::{Access, Istiods};
+use crate::servers;
 use crate::status::StatusWriter;
 use crate::world::feed::{self, Feed};
 use crate::world::{Key, World};
@@ -112,7 +110,13 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         }
     };
 
+    let own = Identity {
+        trust_domain: settings.trust_domain.clone(),
+        namespace: namespace.clone(),
+        service_account: istiod.service_account.clone(),
+    };
     let door = Door {
+        own: own.clone(),
         wanted: Identity {
             trust_domain: settings.trust_domain.clone(),
             namespace: settings.global_proxy.namespace.clone(),
@@ -129,18 +133,20 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let callers_log = CallersLog {
         world: world.clone(),
         learner: Arc::clone(&learner),
-        trust_domain: settings.trust_domain.clone(),
+        own: own.clone(),
+        reporters: Arc::new(Reporters::new(settings.bounds.reports_per_second)),
         metrics: Arc::clone(&metrics),
         stop: stop.clone(),
     };
     let callers = TcpListener::bind(callers_address)
         .await
         .with_context(|| format!("--callers-address {callers_address}"))?;
-    let services = Server::builder().add_service(AccessLogServiceServer::new(callers_log));
+    let services = servers::callers(callers_log);
     let mut callers = tokio::spawn(serve(callers, services, synced.clone(), stop.clone()));
     let ledger = Arc::new(Ledger::default());
     let discovery = Discovery {
         door: Door {
+            own,
             wanted: Identity {
                 trust_domain: settings.trust_domain.clone(),
                 namespace: settings.rate_limit_service.namespace.clone(),
@@ -157,7 +163,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
     let configurations = TcpListener::bind(rate_limit_address)
         .await
         .with_context(|| format!("--rate-limit-address {rate_limit_address}"))?;
-    let services = Server::builder().add_service(AggregatedDiscoveryServiceServer::new(discovery));
+    let services = servers::rate_limits(discovery);
     let mut configurations = tokio::spawn(serve(
         configurations,
         services,
@@ -199,9 +205,7 @@ pub async fn run(args: Run) -> anyhow::Result<()> {
         .with_graceful_shutdown(stop.clone().cancelled_owned())
         .into_future();
     let admin = tokio::spawn(admin);
-    let services = Server::builder()
-        .add_service(AccessLogServiceServer::new(access_log))
-        .add_service(AuthorizationServer::new(ext_authz));
+    let services = servers::global_proxy(access_log, ext_authz);
     let mut grpc = tokio::spawn(serve(grpc, services, synced.clone(), stop.clone()));
 
     let writer = Writer::new(client.clone(), Arc::clone(&metrics), writes_per_second);
