@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::ConfigMap;
 use kube::Api;
 
 use crate::app::Protocol;
@@ -73,11 +74,18 @@ impl Lab {
         let template = api.get(deployment).await?.spec.context("a spec")?.template;
         let meta = template.metadata.unwrap_or_default();
         let pod = template.spec.context("a pod's spec")?;
-        let captured = meta.annotations.unwrap_or_default();
-        let mode = captured
-            .get("sidecar.istio.io/interceptionMode")
-            .map(String::as_str);
+        let annotations = meta.annotations.unwrap_or_default();
+        let of = |name: &str| annotations.get(name).map(String::as_str);
+        let mode = of("sidecar.istio.io/interceptionMode");
         let mut spec = PodSpec::new(SYSTEM, name);
+        if let Some(config) = of("proxy.istio.io/config") {
+            spec.proxy_config = serde_yaml::from_str(config)?;
+        }
+        if let Some(name) = of("sidecar.istio.io/bootstrapOverride") {
+            let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), SYSTEM);
+            let mut data = maps.get(name).await?.data.unwrap_or_default();
+            spec.bootstrap = data.remove("custom_bootstrap.json");
+        }
         spec.labels = meta.labels.unwrap_or_default();
         spec.service_account = pod.service_account_name.context("a service account")?;
         spec.capture = mode != Some("NONE");

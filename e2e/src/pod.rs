@@ -51,6 +51,10 @@ pub struct PodSpec {
     pub sidecar: bool,
     /// Whether its proxy is a gateway's.
     pub gateway: bool,
+    /// Its proxy's configuration beside the usual, as in the annotation `proxy.istio.io/config`.
+    pub proxy_config: serde_json::Map<String, serde_json::Value>,
+    /// What is merged into its Envoy's bootstrap, as the annotation `sidecar.istio.io/bootstrapOverride` has it.
+    pub bootstrap: Option<String>,
     /// What its proxy says of itself beside the usual, as `ISTIO_META_…`.
     pub proxy_env: BTreeMap<String, String>,
     /// Further names that it resolves.
@@ -75,6 +79,8 @@ impl PodSpec {
             tcp: Vec::new(),
             sidecar: true,
             gateway: false,
+            proxy_config: serde_json::Map::new(),
+            bootstrap: None,
             proxy_env: BTreeMap::new(),
             hosts: BTreeMap::new(),
             second_istiod: false,
@@ -322,7 +328,7 @@ impl Pod {
             .args(["--concurrency", "1", "--proxyLogLevel"])
             .arg(std::env::var("LAB_PROXY_LOG").unwrap_or_else(|_| "warning".to_owned()));
         let labels = serde_json::to_string(&spec.labels)?;
-        let proxy = json!({
+        let mut proxy = json!({
             "discoveryAddress": "istiod.istio-system.svc:15012",
             "binaryPath": self.tools.envoy,
             "configPath": "./etc",
@@ -331,6 +337,14 @@ impl Pod {
                 r".*http_local_rate_limit.*", r"cluster\..*ratelimit.*",
             ]},
         });
+        if let Some(proxy) = proxy.as_object_mut() {
+            proxy.extend(spec.proxy_config.clone());
+        }
+        if let Some(bootstrap) = &spec.bootstrap {
+            let path = self.folder.join("bootstrap.json");
+            std::fs::write(&path, bootstrap)?;
+            command.env("ISTIO_BOOTSTRAP_OVERRIDE", path);
+        }
         command.envs([
             ("POD_NAME", spec.name.as_str()),
             ("POD_NAMESPACE", &spec.namespace),

@@ -28,6 +28,7 @@ pub mod rate_limit;
 mod recent;
 pub mod router;
 pub mod run;
+pub mod servers;
 pub mod status;
 #[cfg(test)]
 mod testing;

@@ -86,7 +86,9 @@ impl Server {
             .headers()
             .get("content-type")
             .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
-        Ok(if grpc {
+        // An honest gRPC server answers 200; another one is made by a request for another status.
+        let hostile = request.headers().contains_key("x-echo-status");
+        Ok(if grpc && !hostile {
             self.grpc(request).await
         } else {
             self.plain(request).await

@@ -65,18 +65,23 @@ fn nobody_else_can_report_and_nobody_can_be_slandered() {
                 );
             }
         }
-        // Past the sidecar, from within the operator's own pod, without anybody to vouch for it.
+        // Past the sidecar, from within the operator's own pod, without its sidecar to vouch for it.
         let loopback = ([127, 0, 0, 1], 18100).into();
-        let refused = lab
-            .report(
-                (SYSTEM, OPERATOR),
-                loopback,
-                None,
-                std::slice::from_ref(&good),
-            )
+        for claim in [None, Some(forged)] {
+            let entries = std::slice::from_ref(&good);
+            let refused = lab
+                .report((SYSTEM, OPERATOR), loopback, claim, entries)
+                .await?;
+            let refused = refused.err().unwrap_or_default();
+            anyhow::ensure!(refused.contains("only spiffe://"), "{claim:?}: {refused}");
+        }
+        // What a client sends itself does not get as far as that.
+        let listeners = lab
+            .running(SYSTEM, OPERATOR)?
+            .envoy("/config_dump?resource=dynamic_listeners")
             .await?;
-        let refused = refused.err().unwrap_or_default();
-        anyhow::ensure!(refused.contains("only spiffe://"), "{refused}");
+        let sanitizes = listeners.contains("SANITIZE_SET");
+        anyhow::ensure!(sanitizes && !listeners.contains("APPEND_FORWARD"));
 
         // The right identity, but what it says cannot be.
         let twin = (SYSTEM, "twin");

@@ -10,7 +10,7 @@ use fenceline_e2e::{Lab, PodSpec};
 
 const CLIENT: (&str, &str) = ("shop", "client");
 const OWN: &str = "spiffe://cluster.local/ns/shop/sa/client";
-const SERVICES: usize = 24;
+const SERVICES: usize = 28;
 
 /// A fenced client, and one pod behind many Services.
 async fn shop(lab: &mut Lab) -> anyhow::Result<()> {
@@ -94,6 +94,7 @@ fn first_calls_of_every_kind() {
         let others = async {
             methods_and_bodies(lab, &fresh).await?;
             redirects_of_the_application(lab, &fresh).await?;
+            redirects_of_a_hostile_callee(lab, &fresh).await?;
             bytes_on_the_wire(lab, &fresh).await?;
             streams(lab, &fresh).await
         };
@@ -163,6 +164,33 @@ async fn redirects_of_the_application(lab: &Lab, fresh: &Fresh<'_>) -> anyhow::R
             && outcome.headers.get("location").map(String::as_str) == Some("http://s0/elsewhere");
         anyhow::ensure!(untouched, "{outcome:?}");
         anyhow::ensure!(outcome.report()?.peer() == Some(peer), "{outcome:?}");
+    }
+    Ok(())
+}
+
+/// gRPC is answered through the ask port, whose redirects the caller's proxy follows: none of a callee's gets there, or it would choose what
+/// else is called in its caller's name. The body is the first callee's own, of the path that was called.
+async fn redirects_of_a_hostile_callee(lab: &Lab, fresh: &Fresh<'_>) -> anyhow::Result<()> {
+    for kind in ["application/grpc", "application/grpc-web+proto"] {
+        for status in ["302", "307"] {
+            let headers = [
+                ("content-type", kind),
+                ("authorization", "Bearer of-the-caller"),
+                ("x-echo-status", status),
+                ("x-echo-location", "http://s0/elsewhere?so=much"),
+            ];
+            let mut call = with(fresh.call(Protocol::Http2).await?, &headers);
+            call.method = "POST".into();
+            call.body_bytes = 100;
+            let outcome = lab.call(CLIENT, &call).await?;
+            let answered = outcome.status.to_string() == status;
+            anyhow::ensure!(answered, "{kind}: {outcome:?}");
+            let report = outcome.report()?;
+            anyhow::ensure!(report.path == "/", "{kind}: it was followed: {report:?}");
+            let forwarded = report.peer() == Some(GLOBAL_PROXY);
+            let located = outcome.headers.contains_key("location");
+            anyhow::ensure!(forwarded && !located, "{kind}: {outcome:?}");
+        }
     }
     Ok(())
 }

@@ -19,16 +19,23 @@ use tonic::{Request, Response, Status, Streaming};
 use super::access_log::{follow, ip, remote};
 use super::identity::Identity;
 use super::peer::peer;
+use super::reporters::{Reporters, STREAMS_PER_POD, pods_of};
 use super::resolve::{fences_of_caller, resolve};
 use crate::fence::learn::Learner;
 use crate::metrics::Metrics;
 use crate::world::{Key, World};
 
+/// What these bounds are called. A report that is dropped is made again when the workload connects again.
+const REPORTS: &str = "reports_per_second";
+const STREAMS: &str = "report_streams";
+
 /// Serves the access log streams of callers.
 pub struct CallersLog {
     pub world: watch::Receiver<Arc<World>>,
     pub learner: Arc<Learner>,
-    pub trust_domain: String,
+    /// Our own identity, in whose name our sidecar vouches for others.
+    pub own: Identity,
+    pub reporters: Arc<Reporters>,
     pub metrics: Arc<Metrics>,
     pub stop: CancellationToken,
 }
@@ -39,17 +46,31 @@ impl AccessLogService for CallersLog {
         &self,
         request: Request<Streaming<StreamAccessLogsMessage>>,
     ) -> Result<Response<StreamAccessLogsResponse>, Status> {
-        let caller = peer(request.metadata()).filter(|peer| peer.trust_domain == self.trust_domain);
+        let caller = peer(request.metadata(), &self.own);
+        let caller = caller.filter(|peer| peer.trust_domain == self.own.trust_domain);
         let Some(caller) = caller else {
             self.metrics.refused_streams.inc();
             return Err(Status::permission_denied(
                 "only workloads of the mesh may report their connections",
             ));
         };
+        let pods = || pods_of(&self.world.borrow(), &caller);
+        let Some(pass) = self.reporters.enter(&caller, pods(), Instant::now()) else {
+            self.metrics.drop_over(STREAMS);
+            return Err(Status::resource_exhausted(format!(
+                "{caller} has {STREAMS_PER_POD} streams for each of its pods, and no more are served"
+            )));
+        };
         follow(request, &self.stop, |entries, received| {
             if let LogEntries::TcpLogs(logs) = entries {
-                for entry in &logs.log_entry {
-                    self.metrics.observed(self.take(&caller, entry, received));
+                let all = &logs.log_entry;
+                let admitted = pass.admits(all.len(), pods(), received);
+                for (number, entry) in all.iter().enumerate() {
+                    if number < admitted {
+                        self.metrics.observed(self.take(&caller, entry, received));
+                    } else {
+                        self.metrics.drop_over(REPORTS);
+                    }
                 }
             }
         })

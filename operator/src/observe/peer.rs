@@ -5,24 +5,27 @@ use std::sync::Arc;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
+use super::forwarded;
 use super::identity::Identity;
 use crate::metrics::Metrics;
 
-/// The header in which a sidecar vouches for its peer.
-const FORWARDED_CLIENT_CERT: &str = "x-forwarded-client-cert";
-
-/// Who is speaking. Our own sidecar terminates mutual TLS and says so.
-pub(super) fn peer(metadata: &MetadataMap) -> Option<Identity> {
-    // A header that comes twice is one list.
-    let mut values = metadata.get_all(FORWARDED_CLIENT_CERT).iter();
-    let peer = values.next_back().and_then(|value| value.to_str().ok());
-    peer.and_then(Identity::from_forwarded)
+/// Who is speaking. Our own sidecar, whose identity is `own`, terminates mutual TLS and says so, in one header.
+pub(super) fn peer(metadata: &MetadataMap, own: &Identity) -> Option<Identity> {
+    let mut values = metadata.get_all(forwarded::HEADER).iter();
+    let header = values.next()?.to_str().ok()?;
+    // A sidecar joins what comes in several.
+    if values.next().is_some() {
+        return None;
+    }
+    forwarded::peer(header, own)
 }
 
 /// Lets in one identity alone.
 #[derive(Clone)]
 pub struct Door {
     pub wanted: Identity,
+    /// Our own, in whose name our sidecar vouches for others.
+    pub own: Identity,
     pub metrics: Arc<Metrics>,
 }
 
@@ -30,7 +33,7 @@ impl Door {
     /// # Errors
     /// `PERMISSION_DENIED` for everybody else.
     pub fn admit(&self, metadata: &MetadataMap) -> Result<(), Status> {
-        let peer = peer(metadata);
+        let peer = peer(metadata, &self.own);
         if peer.as_ref() == Some(&self.wanted) {
             return Ok(());
         }

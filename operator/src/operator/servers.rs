@@ -5,15 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use envoy_types::ext_authz::v3::pb::AuthorizationServer;
-use envoy_types::pb::envoy::service::accesslog::v3::access_log_service_server::AccessLogServiceServer;
-use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
 use tonic::transport::server::Router as Services;
 
 use super::Parts;
@@ -25,9 +21,11 @@ use crate::observe::ext_authz::ExtAuthz;
 use crate::observe::hold::{Holder, Limits};
 use crate::observe::identity::Identity;
 use crate::observe::peer::Door;
+use crate::observe::reporters::Reporters;
 use crate::process::Pulse;
 use crate::process::controller::wait_for;
 use crate::rate_limit::discovery::Discovery;
+use crate::servers;
 use crate::world::Key;
 
 /// How long requests that are under way may take to finish when the process is asked to end.
@@ -41,20 +39,17 @@ pub(super) async fn start(
     parts: &Parts,
     args: &Run,
 ) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
-    let mut servers = JoinSet::new();
-    let server = Server::builder;
+    let mut serving = JoinSet::new();
     let callers = bind("--callers-address", args.callers_address).await?;
-    let services = server().add_service(AccessLogServiceServer::new(callers_log(parts)));
-    servers.spawn(serve(callers, services, parts, "server for callers"));
+    let services = servers::callers(callers_log(parts, args));
+    serving.spawn(serve(callers, services, parts, "server for callers"));
     let limits = bind("--rate-limit-address", args.rate_limit_address).await?;
-    let services = server().add_service(AggregatedDiscoveryServiceServer::new(discovery(parts)));
-    servers.spawn(serve(limits, services, parts, "server for rate limits"));
+    let services = servers::rate_limits(discovery(parts, args));
+    serving.spawn(serve(limits, services, parts, "server for rate limits"));
     let grpc = bind("--grpc-address", args.grpc_address).await?;
-    let services = server()
-        .add_service(AccessLogServiceServer::new(access_log(parts)))
-        .add_service(AuthorizationServer::new(ext_authz(parts, args)));
-    servers.spawn(serve(grpc, services, parts, "server for the global proxy"));
-    Ok(servers)
+    let services = servers::global_proxy(access_log(parts, args), ext_authz(parts, args));
+    serving.spawn(serve(grpc, services, parts, "server for the global proxy"));
+    Ok(serving)
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -62,9 +57,19 @@ async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     listener.with_context(|| format!("{flag} {address}"))
 }
 
+/// Who the operator is, to whom its own sidecar says who calls.
+fn own(parts: &Parts, args: &Run) -> Identity {
+    Identity {
+        trust_domain: parts.settings.trust_domain.clone(),
+        namespace: args.namespace.clone(),
+        service_account: args.istiod.service_account.clone(),
+    }
+}
+
 /// Lets in the service account that a Service of ours runs as.
-fn door(parts: &Parts, service: &Key) -> Door {
+fn door(parts: &Parts, args: &Run, service: &Key) -> Door {
     Door {
+        own: own(parts, args),
         wanted: Identity {
             trust_domain: parts.settings.trust_domain.clone(),
             namespace: service.namespace.clone(),
@@ -74,28 +79,29 @@ fn door(parts: &Parts, service: &Key) -> Door {
     }
 }
 
-fn access_log(parts: &Parts) -> AccessLog {
+fn access_log(parts: &Parts, args: &Run) -> AccessLog {
     AccessLog {
-        door: door(parts, &parts.settings.global_proxy),
+        door: door(parts, args, &parts.settings.global_proxy),
         world: parts.world.clone(),
         learner: Arc::clone(&parts.learner),
         stop: parts.stop.clone(),
     }
 }
 
-fn callers_log(parts: &Parts) -> CallersLog {
+fn callers_log(parts: &Parts, args: &Run) -> CallersLog {
     CallersLog {
         world: parts.world.clone(),
         learner: Arc::clone(&parts.learner),
-        trust_domain: parts.settings.trust_domain.clone(),
+        own: own(parts, args),
+        reporters: Arc::new(Reporters::new(parts.settings.bounds.reports_per_second)),
         metrics: Arc::clone(&parts.metrics),
         stop: parts.stop.clone(),
     }
 }
 
-fn discovery(parts: &Parts) -> Discovery {
+fn discovery(parts: &Parts, args: &Run) -> Discovery {
     Discovery {
-        door: door(parts, &parts.settings.rate_limit_service),
+        door: door(parts, args, &parts.settings.rate_limit_service),
         world: parts.world.clone(),
         settings: parts.settings.clone(),
         ledger: Arc::clone(&parts.ledger),
@@ -110,7 +116,7 @@ fn ext_authz(parts: &Parts, args: &Run) -> ExtAuthz {
         in_all: args.held_in_all,
     };
     ExtAuthz {
-        door: door(parts, &parts.settings.global_proxy),
+        door: door(parts, args, &parts.settings.global_proxy),
         world: parts.world.clone(),
         settings: parts.settings.clone(),
         learner: Arc::clone(&parts.learner),

@@ -138,7 +138,7 @@ fn configs(world: &World, settings: &Settings) -> BTreeMap<String, Option<RateLi
         let limit = valid::limit(object, world, &settings.root_namespace).ok();
         let rules = object.status.as_ref().map(|status| status.rules.as_slice());
         let config = limit.map(|limit| services::config(&limit, rules.unwrap_or_default()));
-        (global::domain(key), config)
+        (global::name(key), config)
     });
     configs.collect()
 }

@@ -37,9 +37,19 @@ pub(super) fn unit(per: Duration) -> Option<RateLimitUnit> {
     })
 }
 
-/// Keeps the limits of one RateLimit apart from those of others, in the service and in Redis.
-pub(super) fn domain(key: &Key) -> String {
+/// What a RateLimit's configuration is called.
+pub(super) fn name(key: &Key) -> String {
     key.to_string()
+}
+
+/// Keeps the limits of one RateLimit apart from those of others, in the service and in Redis. The service takes any workload's word for
+/// which domain it asks for, so a domain is not to be guessed: a RateLimit's uid is random, and nobody sees it but who may read
+/// what is in its namespace, and its proxies.
+pub(super) fn domain(limit: &Limit) -> String {
+    match &limit.uid {
+        Some(uid) => format!("{}/{uid}", limit.key),
+        None => limit.key.to_string(),
+    }
 }
 
 /// How the service is asked.
@@ -97,7 +107,6 @@ pub(super) fn filter(rules: &[&Rule], manner: Manner<'_>) -> Value {
 
 /// What the service must know of a RateLimit; `effective` is what each rule lets through now, or nothing where it does not count.
 pub(super) fn config(limit: &Limit, effective: impl Fn(&Rule) -> Option<u32>) -> RateLimitConfig {
-    let domain = domain(&limit.key);
     let descriptors = limit.rules.iter().filter_map(|rule| {
         let requests = effective(rule)?;
         let policy = RateLimitPolicy {
@@ -108,8 +117,8 @@ pub(super) fn config(limit: &Limit, effective: impl Fn(&Rule) -> Option<u32>) ->
         nested(&rule.parts, policy, rule.shadow)
     });
     RateLimitConfig {
-        name: domain.clone(),
-        domain,
+        name: name(&limit.key),
+        domain: domain(limit),
         descriptors: descriptors.collect(),
     }
 }

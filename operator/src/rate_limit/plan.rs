@@ -203,7 +203,7 @@ fn filter(rules: &[(&Rule, Rate)], limit: &Limit, in_force: &InForce<'_>) -> Fil
     let (config, over_limit) = if limit.share == Share::Global {
         let manner = global::Manner {
             cluster: in_force.cluster,
-            domain: &global::domain(&limit.key),
+            domain: &global::domain(limit),
             stat_prefix: &stat_prefix,
             on_unavailable: limit.on_unavailable,
             response,

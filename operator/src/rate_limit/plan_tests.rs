@@ -204,6 +204,18 @@ fn a_ceiling_stands_before_the_global_limit() {
         (config.name.as_str(), config.domain.as_str()),
         ("bookinfo/limit", "bookinfo/limit")
     );
+    let known = Limit {
+        uid: Some("0c1d0c6e-7c1a-4f0a-9b1d-3a5f5b0b2a11".to_owned()),
+        ..limit
+    };
+    let config = global::config(&known, |rule| Some(rule.quota.requests));
+    let domain = "bookinfo/limit/0c1d0c6e-7c1a-4f0a-9b1d-3a5f5b0b2a11";
+    assert_eq!(
+        (config.name.as_str(), config.domain.as_str()),
+        ("bookinfo/limit", domain)
+    );
+    let filters = planned(&known, &[], 4);
+    assert_eq!(filters[1].config["domain"], domain, "proxies ask for it");
     let outer = &config.descriptors[0];
     assert_eq!((outer.key.as_str(), outer.value.as_str()), ("rule", "g"));
     let inner = &outer.descriptors[0];

@@ -158,7 +158,7 @@ impl Ledger {
                 .iter()
                 .filter(|(_, limit)| limit.spec.share == Share::Global);
             for (key, object) in global {
-                let mine = self.of_limit(&global::domain(key));
+                let mine = self.of_limit(&global::name(key));
                 let stored: Vec<LimitServiceStatus> =
                     of_replica(object, replica).cloned().collect();
                 let again = wrote

@@ -49,6 +49,8 @@ pub(super) enum Place {
 #[derive(Debug)]
 pub(super) struct Limit {
     pub(super) key: Key,
+    /// What is in the API has one.
+    pub(super) uid: Option<String>,
     pub(super) place: Place,
     /// The pods whose proxies count.
     pub(super) labels: Labels,
@@ -159,6 +161,7 @@ pub(super) fn limit(object: &RateLimit, world: &World, root: &str) -> Result<Lim
         on_unavailable: on_unavailable.unwrap_or_default(),
         metrics,
         rules,
+        uid: object.metadata.uid.clone(),
         key,
     })
 }
