@@ -10,6 +10,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::rules;
 use crate::service_fence::{Alias, Dependency, Evidence, FirstCall, Mode, NonHttp, Retention};
 
 /// Fences every workload of the namespaces that it selects. The label `fenceline.dev/fence: enforce | observe | off`, on a
@@ -25,8 +26,7 @@ use crate::service_fence::{Alias, Dependency, Evidence, FirstCall, Mode, NonHttp
     category = "fenceline",
     derive = "PartialEq",
     derive = "Default",
-    validation = Rule::new("self.metadata.name.size() <= 63")
-        .message("a FencePolicy's name is at most 63 characters long: fences are labelled with it"),
+    validation = rules::short_name("FencePolicy", "fences are labelled with it"),
     printcolumn(name = "Granularity", type_ = "string", json_path = ".spec.granularity"),
     printcolumn(name = "Mode", type_ = "string", json_path = ".spec.template.mode"),
     printcolumn(name = "Namespaces", type_ = "integer", json_path = ".status.namespaces"),
@@ -48,6 +48,7 @@ use crate::service_fence::{Alias, Dependency, Evidence, FirstCall, Mode, NonHttp
 pub struct FencePolicySpec {
     /// Which namespaces; `{}` is every one. Those of Kubernetes (`kube-*`), of Istio and of Fenceline are left out unless
     /// they are labelled by hand. Of two policies for one namespace the older counts.
+    #[schemars(schema_with = "rules::selector")]
     pub namespace_selector: LabelSelector,
 
     /// What gets a fence of its own.
@@ -62,7 +63,7 @@ pub struct FencePolicySpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 500), inner(length(min = 1, max = 253)))]
     #[x_kube(
-        validation = Rule::new("self.all(host, host.matches('^[a-zA-Z0-9_]([-a-zA-Z0-9_.]*[a-zA-Z0-9_])?[.]?$'))")
+        validation = Rule::new(format!("self.all(host, {})", rules::is_host("host")))
             .message("a host is a DNS name, without port, scheme or wildcard; whole namespaces are template.dependencies"),
     )]
     pub always_import: Vec<String>,
@@ -97,6 +98,10 @@ pub struct Template {
     pub dependencies: Vec<Dependency>,
     /// What is believed. Absent: everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 4))]
+    #[x_kube(
+        validation = Rule::new("self.all(kind, self.exists_one(other, other == kind))").message("each kind of evidence is named once"),
+    )]
     pub evidence: Option<Vec<Evidence>>,
     /// What happens to a call to a host that is not in scope yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,16 +123,16 @@ pub struct Template {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Promote {
-    /// The least age of the fence, as `24h`.
+    /// The least age of the fence, as `24h`; `1s` to `8760h`.
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$')").message("after is a length of time, as 24h"),
+        validation = rules::period_between("after", "1s", "8760h", "24h"),
     )]
     pub after: String,
-    /// For how long nothing new was learnt, as `4h`.
+    /// For how long nothing new was learnt, as `4h`; `1s` to `8760h`.
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$')").message("quietFor is a length of time, as 4h"),
+        validation = rules::period_between("quietFor", "1s", "8760h", "4h"),
     )]
     pub quiet_for: String,
 }

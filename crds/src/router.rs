@@ -13,7 +13,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::period;
+use crate::{period, rules};
 
 /// Routes a service's requests to versions by weight, and to branches by header or by caller. Fenceline writes the
 /// VirtualService and the DestinationRule, each change of them in an order in which no request fails.
@@ -28,7 +28,14 @@ use crate::period;
     derive = "PartialEq",
     derive = "Default",
     validation = Rule::new("self.spec.protocol != 'TCP' || self.spec.branches.all(b, !has(b.match) || b.match.all(m, !has(m.header)))")
-        .message("a TCP connection has no headers to match"),
+        .message("a TCP connection has no headers to match")
+        .field_path(".spec.protocol"),
+    validation = Rule::new("(has(self.spec.labels) && has(self.spec.labels.branch)) || self.spec.branches.all(b, !has(b.match) || b.match.all(m, !has(m.sourceBranch)))")
+        .message("sourceBranch looks at the label of callers that labels.branch names: give it")
+        .field_path(".spec.labels"),
+    validation = Rule::new("!has(self.spec.createService) || !has(self.spec.port) || self.spec.createService.ports.exists(p, p.port == self.spec.port)")
+        .message("the Service that createService makes has no such port")
+        .field_path(".spec.port"),
     printcolumn(name = "Service", type_ = "string", json_path = ".spec.service"),
     printcolumn(
         name = "Stage",
@@ -54,6 +61,7 @@ pub struct RouterSpec {
     /// The Service of this namespace whose requests are routed.
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(
+        validation = rules::service_name(),
         validation = Rule::new("self == oldSelf")
             .message("a Router stays with its Service: make another Router for another Service"),
     )]
@@ -99,10 +107,13 @@ pub struct RouterSpec {
 #[serde(rename_all = "camelCase")]
 pub struct CreateService {
     /// The labels of the pods of every branch and version.
-    #[schemars(extend("minProperties" = 1))]
+    #[schemars(schema_with = "rules::labels")]
     pub selector: BTreeMap<String, String>,
     /// Its ports. They are named by the Router's protocol.
     #[schemars(length(min = 1, max = 50))]
+    #[x_kube(
+        validation = Rule::new("self.all(p, self.exists_one(o, o.port == p.port))").message("each port is named once"),
+    )]
     pub ports: Vec<CreatedPort>,
 }
 
@@ -133,16 +144,23 @@ pub enum RouteProtocol {
 
 /// The labels of pods that say their branch and their version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.branch) || self.branch != self.version")
+        .message("branch and version are labels of their own: one cannot say both")
+        .field_path(".branch"),
+)]
 #[serde(rename_all = "camelCase")]
 pub struct VersionLabels {
     /// The label whose value is the branch's name. Absent: branches are told apart by their versions, and `sourceBranch`
     /// cannot be matched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 317))]
+    #[x_kube(validation = rules::label_key())]
     pub branch: Option<String>,
     /// The label whose value is the version's name.
     #[serde(default = "version_label")]
     #[schemars(length(min = 1, max = 317))]
+    #[x_kube(validation = rules::label_key())]
     pub version: String,
 }
 
@@ -165,9 +183,7 @@ impl Default for VersionLabels {
 pub struct Branch {
     /// A DNS label.
     #[schemars(length(min = 1, max = 40))]
-    #[x_kube(
-        validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("a branch's name is a DNS label"),
-    )]
+    #[x_kube(validation = rules::branch_name())]
     pub name: String,
 
     /// Versions with their weights, which are relative to each other: `{v1: 9, v2: 1}` and `{v1: 90, v2: 10}` are the same. One
@@ -186,12 +202,12 @@ pub struct Branch {
     #[schemars(length(max = 10))]
     pub matches: Vec<BranchMatch>,
 
-    /// How long the branch lives, from when this Router first had it, as `8h`. Then its requests go to the base, although it still
+    /// How long the branch lives, from when this Router first had it, as `8h`; `1s` to `87600h`. Then its requests go to the base, although it still
     /// stands here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$')").message("ttl is a length of time, as 8h"),
+        validation = rules::period_between("ttl", "1s", "87600h", "8h"),
     )]
     pub ttl: Option<String>,
 }
@@ -216,6 +232,7 @@ pub struct BranchMatch {
     /// The caller's own branch, by the label `labels.branch` of its pod. Such requests need no header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = rules::label_value("a branch"))]
     pub source_branch: Option<String>,
 }
 
@@ -237,11 +254,12 @@ pub struct HeaderMatch {
     #[schemars(length(max = 1024))]
     pub exact: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 1024))]
+    #[schemars(length(min = 1, max = 1024))]
     pub prefix: Option<String>,
     /// RE2, for the whole value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 1024))]
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = rules::regex())]
     pub regex: Option<String>,
 }
 

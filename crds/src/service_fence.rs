@@ -14,7 +14,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::period;
+use crate::{period, rules};
 
 /// Keeps the Istio configuration of one workload as small as its real dependencies. Fenceline learns what the workload
 /// calls and writes an Istio Sidecar with exactly those hosts; calls to other hosts of the mesh still work, through the
@@ -30,8 +30,7 @@ use crate::period;
     category = "fenceline",
     derive = "PartialEq",
     derive = "Default",
-    validation = Rule::new("self.metadata.name.size() <= 63")
-        .message("a ServiceFence's name is at most 63 characters long: objects are labelled with it"),
+    validation = rules::short_name("ServiceFence", "objects are labelled with it"),
     printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode"),
     printcolumn(
         name = "Imported",
@@ -75,6 +74,10 @@ pub struct ServiceFenceSpec {
 
     /// What is believed. Absent: everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 4))]
+    #[x_kube(
+        validation = Rule::new("self.all(kind, self.exists_one(other, other == kind))").message("each kind of evidence is named once"),
+    )]
     pub evidence: Option<Vec<Evidence>>,
 
     /// What happens to a call to a host that is not in scope yet.
@@ -108,12 +111,11 @@ impl ServiceFenceSpec {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Retention {
-    /// Forgets a dependency that was not called for so long, as `720h`; at least `1m`. Needs Prometheus: only who would have
+    /// Forgets a dependency that was not called for so long, as `720h`; `1m` to `87600h`. Needs Prometheus: only who would have
     /// seen the calls can say that there were none.
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) >= duration('1m')")
-            .message("unusedFor is a length of time of at least 1m, as 720h"),
+        validation = rules::period_between("unusedFor", "1m", "87600h", "720h"),
     )]
     pub unused_for: String,
 }
@@ -161,7 +163,7 @@ pub struct FirstCall {
     #[schemars(length(max = 16))]
     #[x_kube(
         validation = Rule::new(
-            "self.matches('^[0-9]+(ms|s)$') && duration(self) >= duration('10ms') && duration(self) <= duration('10s')"
+            "self.matches('^([0-9]{1,9}s|[0-9]{1,12}ms)$') && duration(self) >= duration('10ms') && duration(self) <= duration('10s')"
         )
             .message("holdFor is a whole number of ms or s, from 10ms to 10s"),
     )]
@@ -235,6 +237,7 @@ pub struct Workload {
     /// The Service of this namespace whose pods are fenced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = rules::service_name())]
     pub service: Option<String>,
 
     /// The labels of the pods that are fenced.
@@ -251,7 +254,7 @@ pub struct Workload {
 #[serde(rename_all = "camelCase")]
 pub struct Selector {
     /// Labels that a pod must have, all of them; at least one.
-    #[schemars(extend("minProperties" = 1))]
+    #[schemars(schema_with = "rules::labels")]
     pub match_labels: BTreeMap<String, String>,
 }
 
@@ -277,7 +280,7 @@ pub struct Dependency {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(
-        validation = Rule::new("self.matches('^[a-zA-Z0-9_]([-a-zA-Z0-9_.]*[a-zA-Z0-9_])?[.]?$')")
+        validation = Rule::new(rules::is_host("self"))
             .message("a host is a DNS name, without port, scheme or wildcard"),
     )]
     pub host: Option<String>,
@@ -289,6 +292,9 @@ pub struct Dependency {
     /// When the declaration ends; the host may still be learnt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
+    #[x_kube(
+        validation = Rule::new("self >= timestamp('2000-01-01T00:00:00Z')").message("until is a moment after the year 2000"),
+    )]
     pub until: Option<Timestamp>,
 }
 
@@ -298,8 +304,10 @@ pub struct Dependency {
 pub struct ServiceSelector {
     /// Which namespaces: absent is the fence's own, `{}` is every one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "rules::selector")]
     pub namespace_selector: Option<LabelSelector>,
     /// Which Services in them: `{}` is every one.
+    #[schemars(schema_with = "rules::selector")]
     pub selector: LabelSelector,
 }
 

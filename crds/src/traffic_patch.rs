@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::router::{FieldOrigin, HeaderMatch};
+use crate::{istio_words, rules};
 
 /// Sets fields of a service's routes and of its destination. Of all patches of a service, and its Router, Fenceline makes one
 /// VirtualService and one DestinationRule, field by field: the higher `priority` wins, then the older patch, then the
@@ -28,11 +29,14 @@ use crate::router::{FieldOrigin, HeaderMatch};
     derive = "PartialEq",
     derive = "Default",
     validation = Rule::new("has(self.spec.http) || has(self.spec.destination)")
-        .message("give http, destination or both: a patch that sets nothing is a mistake"),
+        .message("give http, destination or both: a patch that sets nothing is a mistake")
+        .field_path(".spec"),
     validation = Rule::new("!has(self.spec.version) || has(self.spec.branch)")
-        .message("a version is of a branch: give branch too"),
+        .message("a version is of a branch: give branch too")
+        .field_path(".spec.version"),
     validation = Rule::new("!has(self.spec.match) || !has(self.spec.destination)")
-        .message("a destination is the same for all requests: match narrows http alone"),
+        .message("a destination is the same for all requests: match narrows http alone")
+        .field_path(".spec.match"),
     printcolumn(name = "Service", type_ = "string", json_path = ".spec.service"),
     printcolumn(name = "Branch", type_ = "string", json_path = ".spec.branch"),
     printcolumn(name = "Priority", type_ = "integer", json_path = ".spec.priority"),
@@ -54,6 +58,7 @@ pub struct TrafficPatchSpec {
     /// The Service of this namespace.
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(
+        validation = rules::service_name(),
         validation = Rule::new("self == oldSelf")
             .message("a TrafficPatch stays with its Service: make another one for another Service"),
     )]
@@ -62,12 +67,14 @@ pub struct TrafficPatchSpec {
     /// Narrows the patch to a branch of the service's Router.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 40))]
+    #[x_kube(validation = rules::branch_name())]
     pub branch: Option<String>,
 
     /// Narrows it to a version of the branch: its `destination`, and `http.headers`. Other fields of routes are the same for all
     /// versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = rules::label_value("a version"))]
     pub version: Option<String>,
 
     /// Narrows `http` to requests that fit one of these.
@@ -98,7 +105,7 @@ pub struct TrafficPatchSpec {
 pub struct RequestMatch {
     /// As `GET`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(length(min = 1, max = 32), pattern(r"^[-A-Za-z]+$"))]
     pub method: Option<String>,
     /// The path, without the query string.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,14 +125,15 @@ pub struct RequestMatch {
 #[serde(rename_all = "camelCase")]
 pub struct PathMatch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 1024))]
+    #[schemars(length(min = 1, max = 1024))]
     pub exact: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 1024))]
+    #[schemars(length(min = 1, max = 1024))]
     pub prefix: Option<String>,
     /// RE2, for the whole path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 1024))]
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = rules::regex())]
     pub regex: Option<String>,
 }
 
@@ -134,70 +142,57 @@ pub type IstioObject = Map<String, Value>;
 
 /// Fields of the routes, as Istio's HTTPRoute has them:
 /// <https://istio.io/latest/docs/reference/config/networking/virtual-service/#HTTPRoute>
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[schemars(extend("minProperties" = 1))]
 #[serde(rename_all = "camelCase")]
 pub struct HttpPatch {
     /// As `2s`; `0s` is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 16))]
+    #[x_kube(validation = istio_words::length_of_time("0s"))]
     pub timeout: Option<String>,
     /// `attempts`, `perTryTimeout`, `retryOn`, … For gRPC, `retryOn` knows `cancelled`, `deadline-exceeded`, `unavailable`, …
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::retries")]
     pub retries: Option<IstioObject>,
     /// `delay` and `abort`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::fault")]
     pub fault: Option<IstioObject>,
     /// Where copies of requests go; answers to those are thrown away. A list is taken as a whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_objects")]
+    #[schemars(schema_with = "istio_words::mirrors")]
     pub mirrors: Option<Vec<IstioObject>>,
     /// `request` and `response`, each with `set`, `add` and `remove`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::headers")]
     pub headers: Option<IstioObject>,
     /// `allowOrigins`, `allowMethods`, …
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::any")]
     pub cors_policy: Option<IstioObject>,
 }
 
 /// Fields of the destination, as Istio's TrafficPolicy has them:
 /// <https://istio.io/latest/docs/reference/config/networking/destination-rule/#TrafficPolicy>
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("minProperties" = 1))]
 #[serde(rename_all = "camelCase")]
 pub struct DestinationPatch {
     /// `simple` or `consistentHash`; `localityLbSetting`; `warmup`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::load_balancer")]
     pub load_balancer: Option<IstioObject>,
     /// `tcp` and `http`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::any")]
     pub connection_pool: Option<IstioObject>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::any")]
     pub outlier_detection: Option<IstioObject>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(schema_with = "istio_object")]
+    #[schemars(schema_with = "istio_words::any")]
     pub tls: Option<IstioObject>,
-}
-
-fn istio_object(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    schemars::json_schema!({
-        "type": "object",
-        "minProperties": 1,
-        "x-kubernetes-preserve-unknown-fields": true,
-    })
-}
-
-fn istio_objects(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    schemars::json_schema!({
-        "type": "array",
-        "maxItems": 10,
-        "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
-    })
 }
 
 /// What became of the patch.

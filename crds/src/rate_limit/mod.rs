@@ -19,6 +19,7 @@ pub use rule::{
 };
 pub use status::{LimitServiceStatus, RateLimitStatus, RuleStatus};
 
+use crate::rules;
 use crate::service_fence::Selector;
 
 /// Limits the requests of a workload, down to the URL. Any number of RateLimits may be for the same workload: each has buckets of
@@ -33,20 +34,31 @@ use crate::service_fence::Selector;
     category = "fenceline",
     derive = "PartialEq",
     derive = "Default",
+    validation = rules::short_name("RateLimit", "objects are labelled with it"),
     validation = Rule::new("self.spec.direction != 'Outbound' || has(self.spec.to)")
-        .message("an Outbound limit needs `to`: the host whose requests are limited"),
+        .message("an Outbound limit needs `to`: the host whose requests are limited")
+        .field_path(".spec.to"),
     validation = Rule::new("self.spec.direction != 'Outbound' || !has(self.spec.target.gateway)")
-        .message("a gateway has no direction: leave it out"),
+        .message("a gateway has no direction: leave it out")
+        .field_path(".spec.direction"),
     validation = Rule::new("!has(self.spec.to) || self.spec.direction == 'Outbound' || has(self.spec.target.gateway)")
-        .message("`to` is for Outbound limits and for gateways: what comes in at a workload is for itself"),
+        .message("`to` is for Outbound limits and for gateways: what comes in at a workload is for itself")
+        .field_path(".spec.to"),
     validation = Rule::new("self.spec.share != 'Global' || self.spec.rules.all(r, !has(r.limit.burst))")
-        .message("a Global limit counts in fixed windows, which have no burst"),
+        .message("a Global limit counts in fixed windows, which have no burst: leave limit.burst out")
+        .field_path(".spec.rules"),
+    validation = Rule::new(format!("self.spec.share != 'Global' || self.spec.rules.all(r, {})", rules::is_window("r.limit.per")))
+        .message("a Global limit's limit.per is 1s, 1m, 1h, 24h or 168h, which the rate limit service counts by; a limit of another window is `share: AcrossReplicas`")
+        .field_path(".spec.rules"),
     validation = Rule::new("self.spec.share == 'Global' || self.spec.rules.all(r, !has(r.ceiling))")
-        .message("a ceiling stands in front of a Global limit; other limits are local themselves"),
+        .message("a ceiling stands in front of a Global limit; other limits are local themselves")
+        .field_path(".spec.rules"),
     validation = Rule::new("self.spec.share == 'Global' || !has(self.spec.onUnavailable)")
-        .message("onUnavailable is for Global limits: others ask nobody"),
+        .message("onUnavailable is for Global limits: others ask nobody")
+        .field_path(".spec.onUnavailable"),
     validation = Rule::new("self.spec.direction != 'Outbound' || self.spec.rules.all(r, (!has(r.match) || !has(r.match.principals)) && (!has(r.by) || r.by.all(b, !has(b.principal))))")
-        .message("the caller of an Outbound limit is the workload itself, whose principal is always the same: select other pods instead"),
+        .message("the caller of an Outbound limit is the workload itself, whose principal is always the same: select other pods instead")
+        .field_path(".spec.rules"),
     printcolumn(name = "Target", type_ = "string", json_path = ".status.target"),
     printcolumn(name = "Share", type_ = "string", json_path = ".spec.share"),
     printcolumn(
@@ -82,7 +94,7 @@ pub struct RateLimitSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([*][.])?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')")
+        validation = Rule::new("self.matches('^([*][.])?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$') && !self.contains('..')")
             .message("`to` is a host in lower case, as reviews, reviews.shop.svc.cluster.local or *.example.com, without a port"),
     )]
     pub to: Option<String>,
@@ -128,12 +140,10 @@ pub struct LimitTarget {
     /// The pods of this Service of the namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = rules::service_name())]
     pub service: Option<String>,
     /// Pods of this namespace by their labels; in Istio's root namespace, of every namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(
-        validation = Rule::new("self.matchLabels.size() > 0").message("a selector without labels would be every pod: give labels"),
-    )]
     pub selector: Option<Selector>,
     /// Gateways of this namespace (in Istio's root namespace, of every namespace).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -145,7 +155,7 @@ pub struct LimitTarget {
 #[serde(rename_all = "camelCase")]
 pub struct GatewayTarget {
     /// As the `selector` of Istio's Gateway.
-    #[schemars(extend("minProperties" = 1))]
+    #[schemars(schema_with = "rules::labels")]
     pub selector: BTreeMap<String, String>,
 }
 

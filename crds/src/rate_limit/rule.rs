@@ -12,11 +12,16 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::period;
 use crate::traffic_patch::PathMatch;
+use crate::{period, rules};
 
 /// One limit, and the requests that it is for.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.adaptive) || (self.limit.requests >= self.adaptive.min && self.limit.requests <= self.adaptive.max)")
+        .message("an adaptive limit begins between adaptive.min and adaptive.max")
+        .field_path(".limit.requests"),
+)]
 #[serde(rename_all = "camelCase")]
 pub struct LimitRule {
     /// A DNS label.
@@ -33,6 +38,10 @@ pub struct LimitRule {
     /// A bucket for each value instead of one for all; with several, for each combination. A request without the value is not limited.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 3))]
+    #[x_kube(
+        validation = Rule::new("self.all(b, self.exists_one(o, o == b || (has(o.header) && has(b.header) && o.header.lowerAscii() == b.header.lowerAscii())))")
+            .message("buckets are told apart by each value once"),
+    )]
     pub by: Vec<LimitBy>,
 
     /// How many buckets of `by` a proxy keeps at once; when there are more values, the bucket that was not used for longest is
@@ -95,6 +104,10 @@ pub struct LimitMatch {
     /// Headers, all of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 10))]
+    #[x_kube(
+        validation = Rule::new(format!("self.all(h, {})", rules::is_header("h.name")))
+            .message("a header's name is as x-user: letters, digits and -_."),
+    )]
     pub headers: Vec<ValueMatch>,
     /// Parameters of the query string, all of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -121,6 +134,7 @@ pub struct LimitMatch {
 #[serde(rename_all = "camelCase")]
 pub struct ValueMatch {
     #[schemars(length(min = 1, max = 256))]
+    #[x_kube(validation = rules::parameter_name())]
     pub name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
@@ -131,6 +145,7 @@ pub struct ValueMatch {
     /// RE2, for the whole value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = rules::regex())]
     pub regex: Option<String>,
     /// Whether it is there at all, or not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -148,10 +163,12 @@ pub struct LimitBy {
     /// The value of this header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
+    #[x_kube(validation = rules::header_name())]
     pub header: Option<String>,
     /// The value of this query parameter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
+    #[x_kube(validation = rules::parameter_name())]
     pub query: Option<String>,
     /// The caller, by its certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,8 +191,7 @@ pub struct Quota {
     /// As `1s`, `1m`; from `100ms` to `168h`. A Global limit knows `1s`, `1m`, `1h`, `24h` and `168h`.
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) >= duration('100ms') && duration(self) <= duration('168h')")
-            .message("per is a length of time from 100ms to 168h, as 1s"),
+        validation = rules::period_between("per", "100ms", "168h", "1s"),
     )]
     pub per: String,
     /// How many at once, after a pause. Absent: as many as `requests`.
@@ -198,7 +214,7 @@ impl Quota {
 /// A limit that follows metrics. It begins with `limit.requests`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[x_kube(
-    validation = Rule::new("self.min <= self.max").message("min is not above max"),
+    validation = Rule::new("self.min <= self.max").message("min is not above max").field_path(".min"),
 )]
 #[serde(rename_all = "camelCase")]
 pub struct Adaptive {
@@ -228,12 +244,11 @@ pub struct Adaptive {
             .message("every is a length of time from 1s to 1h, as 30s"),
     )]
     pub every: Option<String>,
-    /// How long a metric may be missing until `onStale` holds, up to `24h`. Until then the limit stays. Absent: `2m`.
+    /// How long a metric may be missing until `onStale` holds, `1s` to `24h`. Until then the limit stays. Absent: `2m`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) <= duration('24h')")
-            .message("staleAfter is a length of time up to 24h, as 2m"),
+        validation = rules::period_between("staleAfter", "1s", "24h", "2m"),
     )]
     pub stale_after: Option<String>,
     /// What becomes of the limit then.
@@ -288,6 +303,19 @@ pub enum OnStale {
     Declared,
 }
 
+/// Texts of headers' values have neither line breaks nor other control characters.
+fn response_headers(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({
+        "type": "object",
+        "maxProperties": 9,
+        "additionalProperties": {"type": "string", "maxLength": 1024, "pattern": r"^[^\x00-\x08\x0a-\x1f\x7f]*$"},
+        "x-kubernetes-validations": [
+            kube::core::Rule::new(format!("self.all(name, {})", rules::is_header("name")))
+                .message("a header's name is as x-user: letters, digits and -_."),
+        ],
+    })
+}
+
 /// How rejected requests are answered. gRPC calls get `RESOURCE_EXHAUSTED`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -298,7 +326,7 @@ pub struct LimitResponse {
     pub status: Option<u16>,
     /// Further headers; `retry-after` replaces the one that is worked out: the seconds until a token comes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 9))]
+    #[schemars(schema_with = "response_headers")]
     pub headers: BTreeMap<String, String>,
     /// Whether every answer, also to requests that pass, has `x-ratelimit-limit`, `-remaining` and `-reset`, as in draft 03 of
     /// <https://datatracker.ietf.org/doc/draft-polli-ratelimit-headers/03/>.

@@ -1,5 +1,6 @@
 //! Every test in the lab, in one program: whichever ends makes room for the next, and there is one to link.
 
+mod admission;
 mod believed;
 mod cli;
 mod closure;

@@ -415,7 +415,7 @@ fn bad_fences_are_refused_with_the_field_and_the_reason() {
             ),
             (
                 "{retention: {unusedFor: 5s}}",
-                "unusedFor is a length of time of at least 1m",
+                "unusedFor is a length of time from 1m to 87600h",
             ),
             ("{mode: Off}", "spec.mode"),
             ("{moode: Observe}", "moode"),
