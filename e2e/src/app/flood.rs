@@ -1,6 +1,7 @@
 //! Many requests for a while: what became of each kind is counted, and no more is kept.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -25,8 +26,29 @@ pub struct Flood {
 pub struct Flooded {
     /// Of each call, how often which status was the answer; 0 is none.
     pub statuses: Vec<BTreeMap<u16, u64>>,
+    /// Of each call, how long a bucket with room for one second's tokens was filled meanwhile.
+    pub filled: Vec<Duration>,
     pub time: Duration,
 }
+
+/// How long a bucket with room for one second's tokens has been filled since the first answer: of a longer pause, as of a machine
+/// that had no time for the test, nothing more than a second counts.
+#[derive(Debug, Default)]
+struct Filled {
+    last: Option<Instant>,
+    time: Duration,
+}
+
+impl Filled {
+    fn answered(&mut self, now: Instant) {
+        if let Some(last) = self.last {
+            self.time += (now - last).min(Duration::from_secs(1));
+        }
+        self.last = Some(now);
+    }
+}
+
+type AllFilled = Arc<Vec<Mutex<Filled>>>;
 
 impl Flooded {
     /// How many requests of a call had this status.
@@ -52,8 +74,9 @@ impl Flood {
     pub async fn run(self) -> Flooded {
         let started = Instant::now();
         let mut connections = tokio::task::JoinSet::new();
+        let filled: AllFilled = Arc::new(self.calls.iter().map(|_| Mutex::default()).collect());
         for number in 0..self.connections {
-            connections.spawn(self.clone().connection(number));
+            connections.spawn(self.clone().connection(number, Arc::clone(&filled)));
         }
         let mut flooded = Flooded {
             statuses: vec![BTreeMap::new(); self.calls.len()],
@@ -67,10 +90,14 @@ impl Flood {
             }
         }
         flooded.time = started.elapsed();
+        let filled = filled.iter();
+        flooded.filled = filled
+            .map(|one| one.lock().unwrap_or_else(PoisonError::into_inner).time)
+            .collect();
         flooded
     }
 
-    async fn connection(self, number: usize) -> Vec<BTreeMap<u16, u64>> {
+    async fn connection(self, number: usize, filled: AllFilled) -> Vec<BTreeMap<u16, u64>> {
         let mut statuses = vec![BTreeMap::new(); self.calls.len()];
         let caller = Caller::default();
         let ends = Instant::now() + self.time;
@@ -94,6 +121,8 @@ impl Flood {
             let which = turn % self.calls.len();
             let outcome = caller.call(&self.calls[which]).await;
             *statuses[which].entry(outcome.status).or_default() += 1;
+            let mut filled = filled[which].lock().unwrap_or_else(PoisonError::into_inner);
+            filled.answered(Instant::now());
         }
         statuses
     }

@@ -175,13 +175,19 @@ fn sum(floods: &[Flooded], call: usize, status: Option<u16>) -> u64 {
     floods.iter().map(of).sum()
 }
 
-/// What is due in the time that a flood took: a bucket begins full; a window of a second begins anew each.
-fn due(share: &str, time: Duration) -> f64 {
-    let tokens = f64::from(LIMIT) * time.as_secs_f64();
-    match share {
-        "Global" => f64::from(LIMIT) * time.as_secs_f64().ceil(),
-        _ => f64::from(LIMIT) + tokens,
-    }
+/// What is due of a call in the time that floods took: a bucket begins full; a window of a second begins anew each.
+fn due(share: &str, floods: &[Flooded], call: usize) -> f64 {
+    let time = match share {
+        "Global" => {
+            let time = floods[0].time.min(time(share));
+            Duration::from_secs_f64(time.as_secs_f64().ceil() - 1.0)
+        }
+        _ => {
+            let filled = floods.iter().map(|flooded| flooded.filled[call]);
+            filled.max().unwrap_or_default()
+        }
+    };
+    f64::from(LIMIT) * (1.0 + time.as_secs_f64())
 }
 
 /// Windows of the rate limit service begin with the second.
@@ -220,13 +226,13 @@ async fn measure(
         .map(|(_, kind)| kind.clone())
         .collect();
     for (place, flooded) in floods(lab, share, clients, &kinds).await? {
-        let time = flooded[0].time.min(time(share));
         for (index, (what, _)) in LIMITED.iter().enumerate() {
             if place == Place::Outbound && *what == "principal" {
                 continue;
             }
             let (offered, admitted) = (sum(&flooded, index, None), sum(&flooded, index, Some(200)));
-            let off = row(&title, place, what, offered, admitted, due(share, time));
+            let due = due(share, &flooded, index);
+            let off = row(&title, place, what, offered, admitted, due);
             if off.abs() > tolerance {
                 wrong.push(format!("{title} {place:?} {what}: {off:+.3}"));
             }
@@ -255,14 +261,13 @@ async fn measure(
     }
     settle(lab, clients).await?;
     for (place, flooded) in floods(lab, share, clients, &[Kind::get("/any")]).await? {
-        let time = flooded[0].time.min(time(share));
         let off = row(
             &title,
             place,
             "whole service",
             sum(&flooded, 0, None),
             sum(&flooded, 0, Some(200)),
-            due(share, time),
+            due(share, &flooded, 0),
         );
         if off.abs() > tolerance {
             wrong.push(format!("{title} {place:?} whole service: {off:+.3}"));
@@ -371,7 +376,7 @@ async fn scaled_under_load(lab: &mut Lab) -> anyhow::Result<()> {
     .await?;
     let flooded = load.await??;
     let (admitted, rejected) = (flooded.of(0, 200), flooded.of(0, 429));
-    let due = due("AcrossReplicas", flooded.time);
+    let due = due("AcrossReplicas", std::slice::from_ref(&flooded), 0);
     println!(
         "scaled from 4 to 5 under load: {:?}, {due:.0} due",
         flooded.statuses[0]

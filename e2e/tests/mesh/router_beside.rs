@@ -323,13 +323,17 @@ fn a_rule_of_another_namespace_for_everything_stops_nobody() {
 fn what_is_too_long_to_be_noted_is_changed_all_the_same() {
     fenceline_e2e::test(async |lab| {
         lab.routed_mesh(&["v1"]).await?;
+        // An annotation of an object has room for 200 KiB of what was in force before.
         let long = |mark: &str| {
-            let names: Vec<String> = (0..7000)
-                .map(|n| format!("x-{mark}-{n:06}-{n:06}-{n:06}"))
-                .collect();
+            let value = "long".repeat(1000);
+            let headers = |how: &str| {
+                let headers = (0..30).map(|n| format!("x-{mark}-{how}-{n:02}: {value}"));
+                headers.collect::<Vec<_>>().join(", ")
+            };
             format!(
-                "{{service: reviews, http: {{headers: {{request: {{remove: [{}]}}}}}}}}",
-                names.join(", ")
+                "{{service: reviews, http: {{headers: {{request: {{set: {{{}}}, add: {{{}}}}}}}}}}}",
+                headers("set"),
+                headers("add")
             )
         };
         for mark in ["first", "second", "third"] {
@@ -346,7 +350,7 @@ fn what_is_too_long_to_be_noted_is_changed_all_the_same() {
             ];
             let routes = lab.kubectl(&routes).await?;
             anyhow::ensure!(
-                routes.contains(&format!("x-{mark}-006999")),
+                routes.contains(&format!("x-{mark}-add-29")),
                 "{mark} is not in force"
             );
             anyhow::ensure!(
