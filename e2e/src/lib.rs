@@ -8,6 +8,7 @@ pub mod fences;
 pub mod forward;
 pub mod gate;
 pub mod guard;
+pub mod hostile;
 pub mod idle;
 pub mod install;
 pub mod isolate;

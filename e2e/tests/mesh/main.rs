@@ -8,6 +8,7 @@ mod deputy;
 mod fault_points;
 mod first_call;
 mod hold;
+mod hostile;
 mod lab;
 mod leader;
 mod matrix;
