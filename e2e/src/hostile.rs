@@ -91,7 +91,7 @@ impl Hostile {
             .map(|n| {
                 let branches: Vec<Value> = (0..50).map(|branch| {
                     let matches: Vec<Value> = (0..10)
-                        .map(|k| json!({"header": {"name": format!("x-{k}"), "exact": "x".repeat(1000)}}))
+                        .map(|k| json!({"header": {"name": format!("x-{k}"), "exact": "x".repeat(300)}}))
                         .collect();
                     let mut spec = json!({"name": format!("b-{branch}"), "versions": {"v1": 1, "v2": 1}});
                     if branch > 0 {
@@ -116,7 +116,7 @@ impl Hostile {
         });
         let long = (0..3).map(|n| {
             let headers: serde_json::Map<String, Value> = (0..32)
-                .map(|k| (format!("x-{n}-{k}"), json!("x".repeat(4096))))
+                .map(|k| (format!("x-{n}-{k}"), json!("x".repeat(1900))))
                 .collect();
             let both = json!({"set": headers, "add": headers});
             let spec = json!({"service": "ports-3", "http": {"headers": {"request": both, "response": both}}});
@@ -180,7 +180,7 @@ impl Hostile {
     fn entries(&self) -> Vec<Value> {
         (0..6)
             .map(|file| {
-                let hosts: Vec<String> = (0..500)
+                let hosts: Vec<String> = (0..256)
                     .map(|n| format!("entry-{file}-{n}.{}.example", self.namespace))
                     .collect();
                 let spec = json!({
@@ -203,7 +203,7 @@ impl Hostile {
                     .map(|k| format!("cluster.local/ns/{}/sa/client-{k}", self.victim.0))
                     .chain([format!("cluster.local/ns/{}/*", self.victim.0)])
                     .collect();
-                let hosts: Vec<String> = (0..400)
+                let hosts: Vec<String> = (0..256)
                     .map(|k| format!("entry-{n}-{k}.{}.example", self.namespace))
                     .collect();
                 let rule = json!({"from": [{"source": {"principals": accounts}}], "to": [{"operation": {"hosts": hosts}}]});

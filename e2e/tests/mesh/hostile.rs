@@ -98,7 +98,7 @@ async fn hostile_calls(lab: &Lab) -> anyhow::Result<Flood> {
         )
     };
     Ok(Flood {
-        calls: (0..3000).map(call).collect(),
+        calls: (0..1500).map(call).collect(),
         connections: 8,
         per_second: 50,
         time: SIEGE,
