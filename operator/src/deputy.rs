@@ -159,8 +159,12 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
         let now = Arc::clone(&world.borrow_and_update());
         if planned.as_ref().is_none_or(|then| !then.protects_as(&now)) {
             let (of, with) = (Arc::clone(&now), settings.clone());
-            match evaluate::within_deadline(move || plan(&of, &with)).await {
-                Ok(planned) => plans = planned,
+            let work = move || (plan(&of, &with), of.leading_too_far().count());
+            match evaluate::within_deadline(work).await {
+                Ok((planned, too_far)) => {
+                    plans = planned;
+                    writer.is_over("routes_behind", too_far);
+                }
                 // What is denied so far stays denied.
                 Err(TooLong) => {
                     tracing::error!(
