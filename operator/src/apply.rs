@@ -212,6 +212,11 @@ impl Writer {
         }
     }
 
+    /// So much is over a bound now.
+    pub(crate) fn is_over(&self, bound: &'static str, count: usize) {
+        self.metrics.is_over(bound, count);
+    }
+
     /// Makes the object in the cluster be `want`, where `have` is what the watch last saw. Gives what was written, if that
     /// was necessary.
     ///

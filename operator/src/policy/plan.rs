@@ -1,6 +1,6 @@
 //! Which fences policies and labels want: a plain function of the world.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use fenceline_crds::{
@@ -245,16 +245,9 @@ impl Maker<'_> {
         let of_namespace = in_namespace(&self.world.services, self.namespace)
             .filter(|(_, facts)| !facts.external_name && !facts.selector.is_empty());
         let all: Vec<_> = of_namespace.collect();
-        let stands_for = |index: usize| {
-            let (_, facts) = all[index];
-            !all.iter().enumerate().any(|(other, (_, others))| {
-                let selects_ours = matches(&others.selector, &facts.selector);
-                let same = others.selector == facts.selector;
-                other != index && selects_ours && (!same || other < index)
-            })
-        };
-        (0..all.len())
-            .filter(|index| stands_for(*index))
+        let selectors: Vec<&Labels> = all.iter().map(|(_, facts)| &facts.selector).collect();
+        standing(&selectors)
+            .into_iter()
             .map(|index| {
                 let (key, facts) = all[index];
                 let wish = match labelled(&facts.labels) {
@@ -353,6 +346,42 @@ impl Maker<'_> {
             .filter_map(|(_, fence)| select::labels(fence, self.world).ok())
             .any(|theirs| theirs.is_empty() == labels.is_empty() && matches(&theirs, &labels))
     }
+}
+
+/// Of selectors those that select what no wider one does, and of equal ones the first. Each is compared only with those that have its
+/// rarest label: a wider selector has none but labels of the narrower one.
+fn standing(selectors: &[&Labels]) -> Vec<usize> {
+    let mut first: BTreeMap<&Labels, usize> = BTreeMap::new();
+    let mut count: HashMap<(&String, &String), usize> = HashMap::new();
+    for (index, selector) in selectors.iter().enumerate() {
+        if first.contains_key(selector) {
+            continue;
+        }
+        first.insert(selector, index);
+        for label in *selector {
+            *count.entry(label).or_default() += 1;
+        }
+    }
+    let mut by_rarest: HashMap<(&String, &String), Vec<&Labels>> = HashMap::new();
+    for selector in first.keys() {
+        if let Some(label) = selector.iter().min_by_key(|label| count[label]) {
+            by_rarest.entry(label).or_default().push(selector);
+        }
+    }
+    let is_wider = |wider: &&Labels, selector: &Labels| {
+        wider.len() < selector.len() && matches(wider, selector)
+    };
+    let stands = |selector: &Labels| {
+        let mut candidates = selector.iter().filter_map(|label| by_rarest.get(&label));
+        !candidates.any(|wider| wider.iter().any(|wider| is_wider(wider, selector)))
+    };
+    let mut standing: Vec<usize> = first
+        .into_iter()
+        .filter(|(selector, _)| stands(selector))
+        .map(|(_, index)| index)
+        .collect();
+    standing.sort_unstable();
+    standing
 }
 
 /// Says that a fence was promoted from `Observe`, and when.
