@@ -171,11 +171,14 @@ mod tests {
         assert_eq!(dependents.finders().count(), 0);
         for (namespace, name, want) in [
             ("shop", "web-cache", 1),
-            ("bank", "web-cache", 0),
+            // What stands before the dot may be a pod's name.
+            ("bank", "web-cache", 1),
             ("shop", "web", 0),
             ("data", "orders", 1),
             ("bank", "webx", 1),
-            ("bank", "web", 0),
+            ("bank", "web", 1),
+            ("data", "web", 1),
+            ("other", "web", 0),
         ] {
             let service = Key::new(namespace, name);
             assert_eq!(
