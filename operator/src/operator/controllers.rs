@@ -141,6 +141,7 @@ fn fences(
         arrivals,
         recent: fence::RecentObjects::default(),
         prometheus: parts.prometheus.clone(),
+        over: std::sync::Mutex::default(),
         failures: std::sync::Mutex::default(),
     };
     Arc::new(Fences::new(context, stored, concerned, arrived))

@@ -13,6 +13,7 @@ use kube::core::SelectorExt;
 
 use crate::apply::{MANAGED_BY, MANAGER};
 use crate::fence::Settings;
+use crate::fence::alias;
 use crate::fence::select::{self, Labels, matches};
 use crate::world::feed::is_ours;
 use crate::world::{Key, PodFacts, World, in_namespace};
@@ -142,8 +143,10 @@ impl Policy {
         let spec = &policy.spec;
         let template = spec.template.clone().unwrap_or_default();
         for (index, alias) in template.aliases.iter().enumerate() {
-            regex::Regex::new(&alias.pattern)
-                .map_err(|error| format!("spec.template.aliases[{index}].pattern: {error}"))?;
+            let (_, wrong) = alias::read(alias);
+            if let Some(why) = wrong.first() {
+                return Err(format!("spec.template.aliases[{index}]{why}"));
+            }
         }
         let always = spec.always_import.iter().map(|host| Dependency {
             host: Some(host.clone()),
@@ -404,16 +407,17 @@ fn named_by(labels: &Labels) -> Option<(String, Labels)> {
     Some((name, [(key.to_owned(), value.clone())].into()))
 }
 
-/// The fences that policies and labels made and no longer want.
+/// The fences that policies and labels made and no longer want. Those of a policy that is refused stay as they are.
 pub fn unwanted<'a>(
     world: &'a World,
-    wanted: &Wanted,
+    wanted: &'a Wanted,
 ) -> impl Iterator<Item = (&'a Key, &'a Arc<ServiceFence>)> {
     let fences: BTreeSet<Key> = wanted.fences.keys().cloned().collect();
-    world
-        .fences
-        .iter()
-        .filter(move |(key, fence)| made_by_policy(fence) && !fences.contains(*key))
+    world.fences.iter().filter(move |(key, fence)| {
+        let policy = fence.labels().get(POLICY);
+        let refused = policy.is_some_and(|policy| wanted.refused.contains_key(policy));
+        made_by_policy(fence) && !fences.contains(*key) && !refused
+    })
 }
 
 /// Whether a policy or a label made it.

@@ -142,16 +142,9 @@ impl World {
 
     /// The Services whose policies name a caller: `identities` are those that its pods run as, without `spiffe://`.
     /// A policy for every workload of the mesh names no Service.
-    pub fn named_by_policies(
-        &self,
-        root: &str,
-        namespace: &str,
-        identities: &BTreeSet<String>,
-    ) -> BTreeSet<Key> {
-        let names_us = |caller: &Caller| match caller {
-            Caller::Principal(pattern) => identities.iter().any(|id| fits(pattern, id)),
-            Caller::Namespace(name) => name == namespace,
-        };
+    pub fn named_by_policies(&self, root: &str, identities: &BTreeSet<String>) -> BTreeSet<Key> {
+        let names_us =
+            |Caller::Principal(pattern): &Caller| identities.iter().any(|id| fits(pattern, id));
         let mut named = BTreeSet::new();
         for (key, policy) in &self.policies {
             let whole_mesh =
@@ -272,12 +265,27 @@ mod tests {
     }
 
     #[test]
+    fn a_policy_that_cannot_be_read_protects_its_namespace() {
+        let mut mesh = world();
+        service(&mut mesh, "bank", "ledger", "{}");
+        service(&mut mesh, "shop", "cart", "{}");
+        mesh.policies
+            .insert(Key::new("bank", "odd"), PolicyFacts::unreadable().into());
+        let protects = |host: &str| mesh.protection(ROOT, host).is_some();
+        assert!(protects("ledger.bank.svc.cluster.local"));
+        assert!(!protects("cart.shop.svc.cluster.local"));
+    }
+
+    #[test]
     fn whom_a_policy_names() {
         let cart = BTreeSet::from(["cluster.local/ns/shop/sa/cart".to_owned()]);
         for (namespace, spec, want) in [
             ("bank", "principals: [cluster.local/ns/shop/sa/cart]", true),
             ("bank", "principals: ['*/ns/shop/sa/cart']", true),
-            ("bank", "principals: ['cluster.local/ns/shop/*']", true),
+            // A whole namespace is let in, and not expected.
+            ("bank", "principals: ['cluster.local/ns/shop/*']", false),
+            ("bank", "principals: ['cluster.local/ns/shop/sa/*']", false),
+            ("bank", "principals: ['*/ns/shop/*']", false),
             // Patterns that leave the namespace open name nobody in particular.
             ("bank", "principals: ['*']", false),
             ("bank", "principals: ['cluster.local/*']", false),
@@ -288,7 +296,7 @@ mod tests {
                 "principals: [cluster.local/ns/shop/sa/other]",
                 false,
             ),
-            ("bank", "namespaces: [shop]", true),
+            ("bank", "namespaces: [shop]", false),
             (
                 "bank",
                 "namespaces: [shop], principals: [cluster.local/ns/shop/sa/other]",
@@ -300,14 +308,14 @@ mod tests {
             ("bank", "serviceAccounts: [cart]", false),
             ("bank", "notNamespaces: [other]", false),
             // Every workload of the mesh is none in particular.
-            (ROOT, "namespaces: [shop]", false),
+            (ROOT, "serviceAccounts: [shop/cart]", false),
         ] {
             let mut mesh = world();
             service(&mut mesh, "bank", "ledger", "{}");
             service(&mut mesh, "shop", "front", "{}");
             let rules = format!("{{rules: [{{from: [{{source: {{{spec}}}}}]}}]}}");
             policy(&mut mesh, namespace, "p", &rules);
-            let named = mesh.named_by_policies(ROOT, "shop", &cart);
+            let named = mesh.named_by_policies(ROOT, &cart);
             assert_eq!(!named.is_empty(), want, "{namespace} {spec}");
             assert!(named.iter().all(|service| service.namespace == namespace));
         }

@@ -351,6 +351,8 @@ impl WorldTask {
         let fqdn = self.world.fqdn(key);
         let touched = self.dependents.of(&fqdn).chain(self.dependents.finders());
         concerned.fences.extend(touched.cloned());
+        let brought = self.dependents.brings(key, &self.world);
+        concerned.fences.extend(brought.cloned());
         let ranges: Vec<_> = self.world.service_ranges().collect();
         let ports: Vec<_> = self.world.http_ports().collect();
         self.change_hosts([fqdn].into(), |world| world.set_service(key, facts));
