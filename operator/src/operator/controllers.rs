@@ -181,6 +181,7 @@ fn rate_limits(
         settings: parts.settings.clone(),
         istiods,
         prometheus: parts.prometheus.clone(),
+        programs: Arc::clone(&parts.programs),
         metrics: Arc::clone(&parts.metrics),
         operator: Key::new(&*args.namespace, &*args.name),
         clock: clock::system,

@@ -227,7 +227,7 @@ mod tests {
         );
         let mut object = RateLimit::new("cart", yaml(&spec));
         object.metadata.namespace = Some("shop".into());
-        valid::limit(&object, &world, "istio-system")
+        valid::limit(&object, &world, "istio-system", &Default::default())
             .unwrap()
             .rules
             .remove(0)

@@ -1,6 +1,7 @@
 //! A RateLimit that makes sense: its spec, parsed once. What the API's own rules cannot see is found here, before anything is written.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::r#type::v3::StatusCode;
@@ -12,9 +13,16 @@ use kube::ResourceExt;
 use regex::escape;
 
 use super::descriptor::{self, Part};
-use super::expr::{self, Expression};
+use super::expr::Expression;
+use super::grammar::Refused;
+use super::programs::{Compiled, Programs};
 use crate::fence::select::Labels;
 use crate::world::{Key, World};
+
+/// The bound of expressions, in metrics.
+const EXPRESSION: &str = "expression";
+/// The bounds that a spec may be over.
+pub(super) const BOUNDS: [&str; 1] = [EXPRESSION];
 
 /// What is wrong, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,12 +30,23 @@ use crate::world::{Key, World};
 pub(super) struct Invalid {
     pub(super) field: String,
     why: String,
+    /// The bound that it is over, as in docs/bounds.md.
+    pub(super) over: Option<&'static str>,
 }
 
 impl Invalid {
     pub(super) fn new(field: impl Into<String>, why: impl Into<String>) -> Self {
         let (field, why) = (field.into(), why.into());
-        Self { field, why }
+        let over = None;
+        Self { field, why, over }
+    }
+
+    fn of_expression(field: &str, refused: &Refused) -> Self {
+        let over = refused.over.then_some(EXPRESSION);
+        Self {
+            over,
+            ..Self::new(field, &*refused.why)
+        }
     }
 
     /// The same, of a rule.
@@ -72,8 +91,8 @@ pub(super) struct Rule {
     pub(super) max_buckets: u32,
     pub(super) quota: Rate,
     pub(super) ceiling: Option<Rate>,
-    pub(super) when: Option<Expression>,
-    pub(super) adaptive: Option<(Adaptive, Expression)>,
+    pub(super) when: Option<Arc<Expression>>,
+    pub(super) adaptive: Option<(Adaptive, Arc<Expression>)>,
     pub(super) every: Duration,
     pub(super) shadow: bool,
     pub(super) response: LimitResponse,
@@ -122,7 +141,13 @@ impl Rate {
 ///
 /// # Errors
 /// Names the first field that makes no sense.
-pub(super) fn limit(object: &RateLimit, world: &World, root: &str) -> Result<Limit, Invalid> {
+pub(super) fn limit(
+    object: &RateLimit,
+    world: &World,
+    root: &str,
+    programs: &Programs,
+) -> Result<Limit, Invalid> {
+    let compiled = programs.of(object);
     let key = Key::new(object.namespace().unwrap_or_default(), object.name_any());
     let RateLimitSpec {
         target,
@@ -148,7 +173,7 @@ pub(super) fn limit(object: &RateLimit, world: &World, root: &str) -> Result<Lim
         .map(|metric| (metric.name.clone(), metric.prometheus.query.clone()))
         .collect();
     let rules = rules.iter().enumerate().map(|(index, given)| {
-        rule(given, authority.as_deref(), *share, &metrics)
+        rule(given, authority.as_deref(), *share, &compiled)
             .map_err(|invalid| invalid.of_rule(index))
     });
     let rules = rules.collect::<Result<_, _>>()?;
@@ -221,7 +246,7 @@ fn rule(
     given: &LimitRule,
     authority: Option<&str>,
     share: Share,
-    metrics: &BTreeMap<String, String>,
+    compiled: &Compiled,
 ) -> Result<Rule, Invalid> {
     let quota = Rate::of(&given.limit, "limit")?;
     if share == Share::Global && super::global::unit(quota.per).is_none() {
@@ -237,11 +262,10 @@ fn rule(
         .map(|quota| Rate::of(quota, "ceiling"))
         .transpose()?;
     let parts = descriptor::parts(given, authority)?;
-    let when = given
-        .when
-        .as_deref()
-        .map(|text| expr::condition(text, metrics));
-    let when = when.transpose().map_err(|why| Invalid::new("when", why))?;
+    let when = given.when.as_deref().map(|text| compiled.condition(text));
+    let when = when
+        .transpose()
+        .map_err(|refused| Invalid::of_expression("when", &refused))?;
     let adaptive = match &given.adaptive {
         None => None,
         Some(adaptive) => {
@@ -253,8 +277,9 @@ fn rule(
                 );
                 return Err(Invalid::new("limit.requests", why));
             }
-            let wanted = expr::number(&adaptive.requests, metrics)
-                .map_err(|why| Invalid::new("adaptive.requests", why))?;
+            let wanted = compiled
+                .number(&adaptive.requests)
+                .map_err(|refused| Invalid::of_expression("adaptive.requests", &refused))?;
             Some((adaptive.clone(), wanted))
         }
     };

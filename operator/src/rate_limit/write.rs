@@ -126,7 +126,7 @@ impl Limits {
         let standing = match self.follow(limit, filters, world, &mark).await {
             Standing::Refused(why) => self.put_back(object, limit, stored.as_deref(), &why).await,
             Standing::InForce(seen) if limit.share == Share::Global => {
-                services::standing(object, limit, &self.rules_of(limit))
+                services::standing(object, limit, &self.rules_of(limit).unwrap_or_default())
                     .unwrap_or(Standing::InForce(seen))
             }
             other => other,
@@ -135,10 +135,10 @@ impl Limits {
         (standing, has.then_some(mark))
     }
 
-    fn rules_of(&self, limit: &Limit) -> Vec<RuleStatus> {
+    /// What was decided last of its rules, since this replica leads.
+    pub(super) fn rules_of(&self, limit: &Limit) -> Option<Vec<RuleStatus>> {
         let memory = self.lock();
-        let of = memory.get(&limit.key);
-        of.and_then(|of| of.rules.clone()).unwrap_or_default()
+        memory.get(&limit.key)?.rules.clone()
     }
 
     /// Whether what is stored was seen to be in force.
