@@ -18,6 +18,8 @@ mod readings;
 mod report;
 mod services;
 mod target;
+mod tenant;
+mod turns;
 mod valid;
 mod write;
 
@@ -35,8 +37,10 @@ pub(crate) use expr::is_within_bounds;
 pub use programs::Programs;
 pub use services::Ledger;
 pub(crate) use target::asks_the_service;
+pub use tenant::Policy as MetricsPolicy;
 
 use crate::apply::{RATE_LIMIT_LABEL, Writer};
+use crate::args::RateLimitMetrics;
 use crate::clock::Clock;
 use crate::fence::Settings;
 use crate::metrics::Metrics;
@@ -52,8 +56,8 @@ use crate::world::{Key, World, in_namespace};
 use adapt::{Decision, Known};
 use plan::InForce;
 use proxies::Proxies;
-use readings::Readings;
-use report::{Report, Standing};
+use readings::{Read, Readings};
+use report::{Report, Standing, Wrote};
 use target::Pods;
 use valid::{Invalid, Limit};
 use write::OnTheWay;
@@ -75,6 +79,8 @@ pub struct Context {
     pub settings: Settings,
     pub istiods: Arc<Istiods>,
     pub prometheus: Option<Arc<Prometheus>>,
+    /// What RateLimits may ask it.
+    pub policy: MetricsPolicy,
     pub programs: Arc<Programs>,
     pub metrics: Arc<Metrics>,
     /// The operator's own namespace, and this replica.
@@ -90,6 +96,10 @@ struct Memory {
     shared_by: Option<u32>,
     fewer_since: Option<Instant>,
     on_the_way: Option<OnTheWay>,
+    /// What every proxy had last, in short, which status may not show yet.
+    in_force: Option<String>,
+    /// When status was written last.
+    wrote: Option<Instant>,
     unready: bool,
     /// The bound that its spec is over.
     over: Option<&'static str>,
@@ -108,7 +118,12 @@ pub async fn run(context: Arc<Context>, pulse: Pulse) {
     let (wake, woken) = mpsc::unbounded_channel();
     let limits = Limits {
         proxies: Proxies::new(Arc::clone(&context.istiods)),
-        readings: Readings::new(context.prometheus.clone()),
+        readings: Readings::new(
+            context.prometheus.clone(),
+            context.policy.clone(),
+            Arc::clone(&context.metrics),
+            wake.clone(),
+        ),
         recent: Recent::default(),
         memory: Mutex::default(),
         context: Arc::clone(&context),
@@ -196,7 +211,7 @@ impl Limits {
             Err(TooLong) => return self.quarantine(key, now).await,
             Ok(kept) => kept,
         };
-        self.note(key, &report.standing, over);
+        self.note(key, &report, over);
         let namespace = &self.context.operator;
         let gone = |replica: &str| {
             // Replicas that are not pods, as on somebody's own machine, are nobody's to judge.
@@ -209,8 +224,17 @@ impl Limits {
                     .contains_key(&Key::new(&*namespace.namespace, replica))
         };
         services::sweep(object, &self.context.status, gone).await;
-        match report.write(object, &self.context.status, now).await {
-            Ok(()) => Next::In(next),
+        let wrote = self.lock().get(key).and_then(|of| of.wrote);
+        let wrote = wrote.map(|at| at.elapsed());
+        let written = report.write(object, &self.context.status, wrote, now).await;
+        match written {
+            Ok(Wrote::Nothing) => Next::In(next),
+            Ok(Wrote::Later(rest)) => Next::In(next.min(rest)),
+            Ok(Wrote::Status) => {
+                let wrote = Some(Instant::now());
+                self.lock().entry(key.clone()).or_default().wrote = wrote;
+                Next::In(next)
+            }
             Err(error) => {
                 tracing::warn!(rate_limit = %key, %error, "a status");
                 Next::In(RETRY)
@@ -334,6 +358,7 @@ impl Limits {
                 .rules
                 .iter()
                 .any(|rule| rule.when.is_some() || rule.adaptive.is_some()),
+            metrics_off: self.readings.policy().is_off() && limit.needs_metrics(),
             per: limit.rules.iter().map(|rule| rule.quota.per).collect(),
             limited,
             filters,
@@ -386,8 +411,13 @@ impl Limits {
             .min()
             .unwrap_or(RESYNC);
         // Asked a little early rather than once too late.
-        let readings = self.readings.metrics(limit, every.mul_f64(0.9)).await;
-        let known = Known { readings, replicas };
+        let Read { readings, asking } = self.readings.metrics(limit, every.mul_f64(0.9));
+        let known = Known {
+            readings,
+            replicas,
+            asking,
+            hidden: self.readings.policy().metrics == RateLimitMetrics::Any,
+        };
         let said = object.status.as_ref().map(|status| status.rules.clone());
         let before = self.rules_of(limit).or(said).unwrap_or_default();
         let of = Arc::clone(limit);
@@ -417,10 +447,11 @@ impl Limits {
         }
     }
 
-    fn note(&self, key: &Key, standing: &Standing, over: Option<&'static str>) {
+    fn note(&self, key: &Key, report: &Report, over: Option<&'static str>) {
         let mut memory = self.lock();
         let of = memory.entry(key.clone()).or_default();
-        (of.unready, of.over) = (!standing.is_well(), over);
+        (of.unready, of.over) = (!report.standing.is_well(), over);
+        of.in_force = report.mark.clone().or_else(|| of.in_force.take());
         drop(memory);
         self.count();
     }

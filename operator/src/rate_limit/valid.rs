@@ -21,8 +21,12 @@ use crate::world::{Key, World};
 
 /// The bound of expressions, in metrics.
 const EXPRESSION: &str = "expression";
+const GLOBAL_WINDOW: &str = "global_window";
 /// The bounds that a spec may be over.
-pub(super) const BOUNDS: [&str; 1] = [EXPRESSION];
+pub(super) const BOUNDS: [&str; 2] = [EXPRESSION, GLOBAL_WINDOW];
+/// The longest window of a Global limit that has a bucket for each value which clients can make up. All namespaces' buckets are in one
+/// Redis, which drops what ends soonest where it is full: long windows of one push out the short ones of others.
+const LONGEST_WINDOW: Duration = Duration::from_secs(3600);
 
 /// What is wrong, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,6 +85,17 @@ pub(super) struct Limit {
     /// PromQL by name.
     pub(super) metrics: BTreeMap<String, String>,
     pub(super) rules: Vec<Rule>,
+}
+
+impl Limit {
+    /// Whether any expression names a metric.
+    pub(super) fn needs_metrics(&self) -> bool {
+        self.rules.iter().any(|rule| {
+            let wanted = rule.adaptive.iter().map(|(_, wanted)| wanted);
+            let mut all = rule.when.iter().chain(wanted);
+            all.any(|expression| !expression.metrics.is_empty())
+        })
+    }
 }
 
 /// A rule that makes sense.
@@ -242,6 +257,11 @@ fn authority(to: &str, namespace: &str, cluster_domain: &str) -> String {
     format!("(?i:{host}\\.?)(?::[0-9]+)?")
 }
 
+/// Whether clients can have as many buckets as they like.
+fn has_made_up_buckets(given: &LimitRule) -> bool {
+    given.by.iter().any(|by| by.principal.is_none())
+}
+
 fn rule(
     given: &LimitRule,
     authority: Option<&str>,
@@ -255,6 +275,17 @@ fn rule(
             given.limit.per
         );
         return Err(Invalid::new("limit.per", why));
+    }
+    if share == Share::Global && quota.per > LONGEST_WINDOW && has_made_up_buckets(given) {
+        let why = format!(
+            "{} is more than 1h, the longest window of a Global limit with a bucket for each header, query parameter or address, \
+             which clients can make up; leave `by` out, or give `by: [{{principal: {{}}}}]`",
+            given.limit.per
+        );
+        return Err(Invalid {
+            over: Some(GLOBAL_WINDOW),
+            ..Invalid::new("limit.per", why)
+        });
     }
     let ceiling = given
         .ceiling
@@ -320,6 +351,37 @@ fn rule(
 mod tests {
     use super::*;
     use regex::Regex;
+
+    #[test]
+    fn a_global_limit_with_made_up_buckets_has_windows_of_an_hour_at_most() {
+        let world = crate::testing::world();
+        let over = |share: &str, by: &str, per: &str| {
+            let spec = format!(
+                "{{target: {{selector: {{matchLabels: {{app: a}}}}}}, share: {share}, rules: [{{name: a, by: {by}, limit: {{requests: 5, per: {per}}}}}]}}"
+            );
+            let object = RateLimit::new("a", crate::testing::yaml(&spec));
+            limit(&object, &world, "istio-system", &Programs::default())
+                .err()
+                .map(|invalid| (invalid.to_string(), invalid.over))
+        };
+        let user = "[{header: x-user}]";
+        assert_eq!(over("Global", user, "1h"), None);
+        for by in [
+            user,
+            "[{principal: {}}, {query: q}]",
+            "[{remoteAddress: {}}]",
+        ] {
+            let (why, bound) = over("Global", by, "24h").unwrap();
+            assert_eq!(bound, Some(GLOBAL_WINDOW));
+            assert!(
+                why.starts_with("spec.rules[0].limit.per: 24h is more than 1h"),
+                "{why}"
+            );
+        }
+        assert_eq!(over("Global", "[{principal: {}}]", "168h"), None);
+        assert_eq!(over("Global", "[]", "168h"), None);
+        assert_eq!(over("PerReplica", user, "24h"), None);
+    }
 
     #[test]
     fn the_names_of_a_host() {

@@ -150,9 +150,11 @@ impl Limits {
         let mark = mark_of(&stored.spec);
         let memory = self.lock();
         let key = Key::new(object.namespace().unwrap_or_default(), object.name_any());
-        let on_the_way = memory.get(&key).and_then(|of| of.on_the_way.as_ref());
+        let of = memory.get(&key);
+        let on_the_way = of.and_then(|of| of.on_the_way.as_ref());
         let arrived = on_the_way.is_some_and(|it| it.mark == mark && it.everywhere.is_some());
-        arrived || said == Some(&*mark)
+        let seen = of.and_then(|of| of.in_force.as_deref());
+        arrived || seen.or(said) == Some(&*mark)
     }
 
     async fn write(
