@@ -157,10 +157,8 @@ mod tests {
         let turns = Turns::default();
         let evil = slow(&turns, "evil", 100);
         settle().await;
-        assert_eq!(
-            (turns.lock().all_under_way, turns.waiting()),
-            (OF_NAMESPACE, 98)
-        );
+        let under_way = turns.lock().all_under_way;
+        assert_eq!((under_way, turns.waiting()), (OF_NAMESPACE, 98));
         let shop = tokio::time::timeout(Duration::from_secs(5), turns.wait("shop"));
         drop(shop.await.unwrap().unwrap());
         evil.iter().for_each(tokio::task::JoinHandle::abort);
