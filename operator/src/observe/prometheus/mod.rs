@@ -6,6 +6,7 @@
 //! [`crate::fence::retain`] does, after a question of its own.
 
 mod client;
+mod single;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +18,7 @@ use kube::ResourceExt;
 use tokio::sync::{Notify, watch};
 
 pub use client::{Client, Error, Settings};
+pub use single::NoNumber;
 
 use super::resolve::resolve;
 use crate::fence::learn::Learner;
