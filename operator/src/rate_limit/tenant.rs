@@ -183,7 +183,8 @@ mod tests {
             ),
             ("a{namespace!='bank', x='namespace=\"bank\"'}", 1),
             ("a{x='\"} or secret{y=\"'}", 1),
-            ("a{x=`\\`, y=\"\\n\\\\\"} # } or secret", 1),
+            ("a{y=\"\\n\\\\\"}", 1),
+            ("a{x=\"}\"} # } or secret", 1),
             ("sum without (pod) (a) > 1e3", 1),
             ("predict_linear(a[1h], 4 * 3600)", 1),
         ] {
