@@ -179,7 +179,7 @@ impl Operator {
         }
         // No controller is left half-way through a request.
         while let Ok(Some(_)) = tokio::time::timeout(servers::PATIENCE, threads.recv()).await {}
-        let _ = tokio::time::timeout(servers::PATIENCE, parts.learner.flush()).await;
+        let _ = tokio::time::timeout(servers::PATIENCE, parts.learner.flush(|_| true)).await;
         let _ = tokio::time::timeout(servers::PATIENCE, candidate.resign()).await;
         failed
     }

@@ -5,6 +5,7 @@ pub mod arrival;
 pub mod conflict;
 pub mod explain;
 pub mod learn;
+mod learnt;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;

@@ -97,6 +97,7 @@ pub fn object_key(fence: &Key) -> Key {
 pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Timestamp) -> Plan {
     let namespace = fence.metadata.namespace.clone().unwrap_or_default();
     let mut scoped = scope(fence, &namespace, world, settings, now, &mut |_, _| ());
+    scoped.remarks.extend(super::learnt::full(fence));
     let verdict = match select::labels(fence, world) {
         Err(why) => Verdict::NoPods(why),
         Ok(labels) => {

@@ -258,7 +258,10 @@ impl Prometheus {
         }
         if !unknown.is_empty() {
             // Known is what the status has: a scope is planned from nothing else.
-            let stored = tokio::time::timeout(self.client.settings().timeout, self.learner.flush());
+            let stored = tokio::time::timeout(
+                self.client.settings().timeout,
+                self.learner.flush(|fence| fence.namespace == namespace),
+            );
             if stored.await.is_ok() {
                 self.asked().fences.extend(unknown);
             }
