@@ -221,7 +221,12 @@ async fn what_is_wrong_is_said(lab: &Lab) -> anyhow::Result<()> {
         ("trafficpatch", "long-2", "Ready", "KiB"),
         ("ratelimit", "looping", "Ready", "adaptive.requests"),
         ("ratelimit", "long", "Ready", "adaptive.requests"),
-        ("ratelimit", "greedy", "MetricsStale", "--rate-limit-metrics"),
+        (
+            "ratelimit",
+            "greedy",
+            "MetricsStale",
+            "--rate-limit-metrics",
+        ),
         ("servicefence", "caller", "Ready", ""),
         ("router", "many-0", "Ready", ""),
         ("servicefence", "fenced-0", "Ready", ""),
