@@ -115,7 +115,7 @@ fn a_proxy_that_is_connected_to_no_istiod_is_waited_for() {
 /// Somebody else's EnvoyFilter, with which one of their own proxies takes no cluster of the service.
 const REFUSING: &str = "{apiVersion: networking.istio.io/v1alpha3, kind: EnvoyFilter, metadata: {name: wrong, namespace: evil}, \
     spec: {workloadSelector: {labels: {app: refuses}}, configPatches: [{applyTo: CLUSTER, \
-    match: {context: SIDECAR_OUTBOUND, cluster: {service: reviews.shop.svc.cluster.local}}, patch: {operation: MERGE, value: {connect_timeout: 0s}}}]}}";
+    match: {context: SIDECAR_OUTBOUND, cluster: {service: reviews.shop.svc.cluster.local}}, patch: {operation: MERGE, value: {connect_timeout: -1s}}}]}}";
 
 /// Neither one that refuses every step nor one that never answers has a say over somebody else's service.
 #[test]
