@@ -8,7 +8,6 @@ pub mod fences;
 pub mod forward;
 pub mod gate;
 pub mod guard;
-pub mod hostile;
 pub mod idle;
 pub mod install;
 pub mod isolate;

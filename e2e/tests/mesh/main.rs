@@ -8,7 +8,6 @@ mod deputy;
 mod fault_points;
 mod first_call;
 mod hold;
-mod hostile;
 mod lab;
 mod leader;
 mod matrix;

@@ -141,7 +141,7 @@ fn a_silent_proxy_of_another_namespace_has_no_veto() {
                 "destinationrule",
                 "fenceline-reviews",
                 "-o",
-                "yaml",
+                "jsonpath={.spec.subsets[*].name}",
             ];
             let subsets = lab.kubectl(&subsets).await?;
             anyhow::ensure!(
@@ -162,7 +162,7 @@ fn a_silent_proxy_of_another_namespace_has_no_veto() {
                 "destinationrule",
                 "fenceline-reviews",
                 "-o",
-                "yaml",
+                "jsonpath={.spec.subsets[*].name}",
             ];
             let subsets = lab.kubectl(&subsets).await?;
             anyhow::ensure!(!subsets.contains("main--v2"), "{subsets}");
