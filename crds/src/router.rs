@@ -294,6 +294,15 @@ pub struct Change {
             .message("delay is a length of time up to 1h, as 5s"),
     )]
     pub delay: Option<String>,
+    /// How long proxies of other namespaces are waited for that refuse a step or do not answer, up to `1h`; then they are skipped and named. Absent: `30s`. Those of
+    /// the Router's own namespace and of `callers` are waited for until `timeout`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) <= duration('1h')")
+            .message("others is a length of time up to 1h, as 30s"),
+    )]
+    pub others: Option<String>,
     /// Other namespaces whose callers must get what this Router says. What somebody wrote there that keeps them from it is a
     /// conflict, as it is in the Router's own namespace; in any other it is said, and callers there go to the Service itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -312,6 +321,10 @@ impl Change {
 
     pub fn delay(&self) -> Duration {
         given_or(self.delay.as_deref(), 5)
+    }
+
+    pub fn others(&self) -> Duration {
+        given_or(self.others.as_deref(), 30)
     }
 }
 

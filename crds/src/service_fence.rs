@@ -145,7 +145,7 @@ pub struct Alias {
     #[schemars(length(min = 1, max = 500))]
     pub pattern: String,
     /// What comes into scope with such a host; `$svc` is what the group of that name stands for, `$0` the whole.
-    #[schemars(length(min = 1, max = 20))]
+    #[schemars(length(min = 1, max = 20), inner(length(min = 1, max = 253)))]
     pub hosts: Vec<String>,
 }
 

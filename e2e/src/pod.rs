@@ -383,6 +383,17 @@ impl Pod {
         crate::process::processor_time(envoy.as_raw_nonzero().get().try_into()?)
     }
 
+    /// Sends Envoy a signal, and its agent none.
+    ///
+    /// # Errors
+    /// Fails when there is none.
+    pub fn signal_envoy(&self, signal: rustix::process::Signal) -> anyhow::Result<()> {
+        let sidecar = self.sidecar.as_ref().context("a sidecar")?;
+        let children = sidecar.children()?;
+        let envoy = children.first().context("no Envoy")?;
+        Ok(rustix::process::kill_process(*envoy, signal)?)
+    }
+
     /// Kills the proxy, and the agent that would start it again.
     ///
     /// # Errors

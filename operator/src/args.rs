@@ -82,6 +82,13 @@ pub struct Run {
     pub stall_after: Duration,
     #[command(flatten)]
     pub prometheus: PrometheusArgs,
+    /// Whether RateLimits may ask Prometheus by themselves (`spec.metrics`): none of them, each for the series of its own namespace, or each
+    /// for any series, with this operator's rights.
+    #[arg(long, env = "FENCELINE_RATE_LIMIT_METRICS", value_enum, default_value_t = RateLimitMetrics::None)]
+    pub rate_limit_metrics: RateLimitMetrics,
+    /// The label that names the namespace whose a series is, for --rate-limit-metrics=namespaced.
+    #[arg(long, env = "FENCELINE_RATE_LIMIT_METRICS_LABEL", default_value = "namespace", value_parser = label)]
+    pub rate_limit_metrics_label: String,
     #[command(flatten)]
     pub istiod: IstiodArgs,
     /// Where the access log and the authorization service listen. Keep it on loopback: the sidecar in front of it checks who calls.
@@ -314,6 +321,27 @@ fn stall(text: &str) -> Result<Duration, String> {
 pub enum LogFormat {
     Text,
     Json,
+}
+
+/// What RateLimits may ask Prometheus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RateLimitMetrics {
+    None,
+    Namespaced,
+    Any,
+}
+
+/// <https://prometheus.io/docs/concepts/data_model/#metric-names-and-labels>
+fn label(text: &str) -> Result<String, String> {
+    let mut characters = text.chars();
+    let first = |c: char| c.is_ascii_alphabetic() || c == '_';
+    let well = characters.next().is_some_and(first)
+        && characters.all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if well && text != "__name__" {
+        Ok(text.to_owned())
+    } else {
+        Err("want the name of a label, as namespace".to_owned())
+    }
 }
 
 fn key(text: &str) -> Result<Key, String> {

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::apply::{self, MANAGED_BY, MANAGER, Writer};
 use crate::fence::Settings;
 use crate::observe::ext_authz::ANSWER;
+use crate::patch::bound::bytes;
 use crate::process::evaluate::{self, TooLong};
 use crate::world::{Key, World};
 
@@ -24,6 +25,8 @@ const COALESCE: Duration = Duration::from_millis(50);
 /// How long a failed write waits for its next attempt, at first and at most.
 const RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How many bytes one policy may have: two thirds of what etcd takes. Some 6,000 protected Services of one namespace.
+const MOST_BYTES: usize = 1 << 20;
 
 /// The policies that the global proxy should have, by name; nothing while it is not there.
 fn plan(world: &World, settings: &Settings) -> Option<BTreeMap<Key, AuthorizationPolicy>> {
@@ -45,7 +48,7 @@ fn plan(world: &World, settings: &Settings) -> Option<BTreeMap<Key, Authorizatio
                     match_labels: global_proxy.selector.clone(),
                 }),
                 action: Some("DENY".to_owned()),
-                rules: rules(&namespace, &names, settings),
+                rules: rules(&names),
                 ..AuthorizationPolicySpec::default()
             },
         };
@@ -54,11 +57,12 @@ fn plan(world: &World, settings: &Settings) -> Option<BTreeMap<Key, Authorizatio
     Some(protected(world, settings).into_iter().map(policy).collect())
 }
 
-/// Names of protected hosts in one namespace.
+/// Names of protected hosts that one namespace answers for: those of its Services, and those that its ServiceEntries and
+/// VirtualServices make up. Whose name somebody makes up is not made to pay for it.
 #[derive(Default)]
 struct Names {
-    /// Of Services, and of what has a name like theirs.
-    services: BTreeSet<String>,
+    /// Of Services, and of what has a name like theirs, by the namespace in the name.
+    services: BTreeMap<String, BTreeSet<String>>,
     /// Of ServiceEntries and VirtualServices in other domains, whole.
     others: BTreeSet<String>,
     addresses: BTreeSet<IpAddr>,
@@ -74,18 +78,17 @@ fn protected(world: &World, settings: &Settings) -> BTreeMap<String, Names> {
         {
             return;
         }
-        let names = match service {
+        let exists = |key: &&Key| world.services.contains_key(*key);
+        let answers = service.as_ref().filter(exists);
+        let answers = answers.map_or(namespace, |key| &key.namespace);
+        let names = all.entry(answers.to_owned()).or_default();
+        match service {
             Some(Key { namespace, name }) => {
-                let names = all.entry(namespace).or_default();
-                names.services.insert(name);
-                names
+                let services = names.services.entry(namespace).or_default();
+                services.insert(name);
             }
-            None => {
-                let names = all.entry(namespace.to_owned()).or_default();
-                names.others.insert(fqdn.to_owned());
-                names
-            }
-        };
+            None => drop(names.others.insert(fqdn.to_owned())),
+        }
         names.addresses.extend(addresses);
     };
     for (key, facts) in &world.services {
@@ -100,27 +103,24 @@ fn protected(world: &World, settings: &Settings) -> BTreeMap<String, Names> {
     all
 }
 
-/// Every form of the hosts' names that the global proxy understands; the short ones of their own namespace's callers.
-fn rules(namespace: &str, names: &Names, settings: &Settings) -> Vec<Rule> {
-    let domain = &settings.cluster_domain;
+/// Every form of the hosts' names that the global proxy understands; the short ones of their own namespace's callers. What begins as
+/// a Service's name with its namespace is a name of that Service, however it goes on.
+fn rules(names: &Names) -> Vec<Rule> {
     let any_port = |name: String| [format!("{name}:*"), name];
-    let full = names.services.iter().flat_map(|name| {
-        let name = format!("{name}.{namespace}");
-        [
-            format!("{name}.svc.{domain}."),
-            format!("{name}.svc.{domain}"),
-            format!("{name}.svc"),
-            name,
-        ]
+    let services = names.services.iter();
+    let full = services.flat_map(|(namespace, services)| {
+        services.iter().flat_map(move |name| {
+            let name = format!("{name}.{namespace}");
+            [format!("{name}.*"), format!("{name}:*"), name]
+        })
     });
     let others = names.others.iter();
     let others = others.flat_map(|name| [format!("{name}."), name.clone()]);
     let addresses = names.addresses.iter().filter(|address| address.is_ipv4());
-    let full = full
-        .chain(others)
+    let others = others
         .chain(addresses.map(ToString::to_string))
         .flat_map(any_port);
-    let short = names.services.iter().cloned().flat_map(any_port);
+    let full = full.chain(others);
     let rule = |from: Vec<From>, hosts: Vec<String>| Rule {
         from,
         to: vec![To {
@@ -137,17 +137,31 @@ fn rules(namespace: &str, names: &Names, settings: &Settings) -> Vec<Rule> {
         }],
         ..Rule::default()
     };
-    let neighbours = From {
+    let neighbours = |namespace: &String| From {
         source: Source {
-            namespaces: vec![namespace.to_owned()],
+            namespaces: vec![namespace.clone()],
             ..Source::default()
         },
     };
-    let mut rules = vec![rule(Vec::new(), full.collect())];
-    if !names.services.is_empty() {
-        rules.push(rule(vec![neighbours], short.collect()));
-    }
-    rules
+    let short = names.services.iter().map(|(namespace, services)| {
+        let short = services.iter().cloned().flat_map(any_port);
+        rule(vec![neighbours(namespace)], short.collect())
+    });
+    let full = rule(Vec::new(), full.collect());
+    std::iter::once(full).chain(short).collect()
+}
+
+/// The policies that are small enough to be written, and the names of those that are not.
+fn that_fit(
+    mut plans: BTreeMap<Key, AuthorizationPolicy>,
+) -> (BTreeMap<Key, AuthorizationPolicy>, BTreeSet<Key>) {
+    let too_large: BTreeSet<Key> = plans
+        .iter()
+        .filter(|(_, policy)| bytes(&policy.spec) > MOST_BYTES)
+        .map(|(key, _)| key.clone())
+        .collect();
+    plans.retain(|key, _| !too_large.contains(key));
+    (plans, too_large)
 }
 
 /// Keeps the policies right for as long as it is polled: the leader's work.
@@ -159,8 +173,18 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
         let now = Arc::clone(&world.borrow_and_update());
         if planned.as_ref().is_none_or(|then| !then.protects_as(&now)) {
             let (of, with) = (Arc::clone(&now), settings.clone());
-            match evaluate::within_deadline(move || plan(&of, &with)).await {
-                Ok(planned) => plans = planned,
+            let work = move || (plan(&of, &with), of.leading_too_far().count());
+            match evaluate::within_deadline(work).await {
+                Ok((planned, too_far)) => {
+                    plans = planned.map(that_fit);
+                    let too_large = plans.iter().flat_map(|(_, too_large)| too_large);
+                    for policy in too_large.clone() {
+                        tracing::error!(%policy, most = MOST_BYTES, "too large to be written: it stays as it is, \
+                            and what it does not name yet is forwarded while no operator answers");
+                    }
+                    writer.is_over("protected_names", too_large.count());
+                    writer.is_over("routes_behind", too_far);
+                }
                 // What is denied so far stays denied.
                 Err(TooLong) => {
                     tracing::error!(
@@ -188,7 +212,11 @@ pub async fn run(mut world: watch::Receiver<Arc<World>>, writer: Writer, setting
 }
 
 /// Writes what differs; says whether all of it went well. One policy that cannot be written keeps no other from it.
-async fn write(plans: &BTreeMap<Key, AuthorizationPolicy>, world: &World, writer: &Writer) -> bool {
+async fn write(
+    (plans, too_large): &(BTreeMap<Key, AuthorizationPolicy>, BTreeSet<Key>),
+    world: &World,
+    writer: &Writer,
+) -> bool {
     let mut well = true;
     let mut say = |key: &Key, result: Result<(), apply::Error>| {
         if let Err(error) = result {
@@ -202,7 +230,7 @@ async fn write(plans: &BTreeMap<Key, AuthorizationPolicy>, world: &World, writer
         say(key, writer.ensure(want, have).await.map(drop));
     }
     for (key, have) in &world.own_policies {
-        if !plans.contains_key(key) {
+        if !plans.contains_key(key) && !too_large.contains(key) {
             say(key, writer.remove(have.as_ref()).await.map(drop));
         }
     }
@@ -244,7 +272,9 @@ mod tests {
         for form in [
             "vault.bank",
             "vault.bank:*",
-            "vault.bank.svc:*",
+            "vault.bank:80",
+            "vault.bank.svc:80",
+            "vault.bank.svc.cluster.local.:80",
             "vault.bank.svc.cluster.local",
             "10.96.0.9:*",
             "front.bank",
@@ -252,10 +282,74 @@ mod tests {
             "240.1.0.9",
             "240.240.0.7:*",
         ] {
-            assert!(hosts(0).iter().any(|host| host == form), "{form}");
+            assert!(denies(hosts(0), form), "{form}");
         }
+        assert!(!denies(hosts(0), "vault.bankrupt") && !denies(hosts(0), "vault"));
         assert!(hosts(0).iter().all(|host| !host.starts_with("open")));
         assert_eq!(hosts(1), &["front:*", "front", "vault:*", "vault"]);
         assert_eq!(policy.spec.rules[1].from[0].source.namespaces, ["bank"]);
+    }
+
+    /// As Istio matches hosts: whole, or by what they begin with.
+    fn denies(hosts: &[String], name: &str) -> bool {
+        let mut hosts = hosts.iter();
+        hosts.any(|host| match host.strip_suffix('*') {
+            Some(start) => name.starts_with(start),
+            None => host == name,
+        })
+    }
+
+    #[test]
+    fn whoever_makes_up_names_of_others_pays_for_them() {
+        let mesh = |count: usize| {
+            let mut mesh = world();
+            service(&mut mesh, "fenceline-system", "global-proxy", "{}");
+            service(&mut mesh, "bank", "vault", "{}");
+            service(&mut mesh, "shop", "till", "{}");
+            for namespace in ["bank", "shop"] {
+                let rule = "{rules: [{from: [{source: {namespaces: [evil]}}]}]}";
+                policy(&mut mesh, namespace, "p", rule);
+            }
+            let hosts: Vec<String> = (0..count)
+                .map(|number| format!("made-up-{number}.bank.svc.cluster.local"))
+                .collect();
+            let routes = format!(
+                "{{hosts: [{}], http: [{{route: [{{destination: {{host: till}}}}]}}]}}",
+                hosts.join(", ")
+            );
+            virtual_service(&mut mesh, "shop", "routes", &routes);
+            that_fit(plan(&mesh, &settings()).unwrap())
+        };
+        let of = |namespace: &str| {
+            let name = format!("fenceline-protected-{namespace}");
+            Key::new("fenceline-system", name)
+        };
+        let (few, over) = mesh(1);
+        assert!(over.is_empty());
+        let shop = &few[&of("shop")].spec.rules;
+        assert!(denies(&shop[0].to[0].operation.hosts, "made-up-0.bank.svc"));
+        // A short name is its own namespace's.
+        let callers = shop.iter().flat_map(|rule| &rule.from);
+        let callers: Vec<_> = callers.flat_map(|from| &from.source.namespaces).collect();
+        assert_eq!(callers, ["bank", "shop"]);
+        let (many, over) = mesh(12_000);
+        assert_eq!(over, [of("shop")].into());
+        assert_eq!(many[&of("bank")], few[&of("bank")], "not one byte more");
+    }
+
+    #[test]
+    fn a_policy_grows_with_its_names_alone() {
+        let size = |count: usize| {
+            let services = (0..count).map(|number| format!("service-{number:05}"));
+            let names = Names {
+                services: [("bank".to_owned(), services.collect())].into(),
+                ..Names::default()
+            };
+            bytes(&rules(&names))
+        };
+        let each = (size(2_000) - size(1_000)) / 1_000;
+        assert!(each < 180, "{each} bytes");
+        assert!(size(4_000) < 4_001 * each + 1_000, "no more than linearly");
+        assert!(size(5_500) < MOST_BYTES);
     }
 }

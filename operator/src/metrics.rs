@@ -236,6 +236,9 @@ impl Metrics {
     }
 
     pub fn observe_world(&self, world: &World) {
+        let policies = world.policies.values();
+        let unreadable = policies.filter(|policy| policy.unreadable).count();
+        self.is_over("unreadable_policies", unreadable);
         let endpoints = i64::try_from(world.global_proxy_endpoints()).unwrap_or(i64::MAX);
         self.global_proxy_endpoints.set(endpoints);
         for (name, count) in [

@@ -24,7 +24,7 @@ use crate::observe::proxy::Eyes;
 use crate::process::controller::{self, Controller, When};
 use crate::process::watchdog::{Health, Watchdog};
 use crate::process::{Pulse, Pulses};
-use crate::rate_limit::Ledger;
+use crate::rate_limit::{Ledger, Programs};
 use crate::status::StatusWriter;
 use crate::world::World;
 use crate::world::feed::{self, Feed};
@@ -39,6 +39,7 @@ pub(crate) struct Parts {
     pub(crate) learner: Arc<Learner>,
     pub(crate) eyes: Arc<Eyes>,
     pub(crate) ledger: Arc<Ledger>,
+    pub(crate) programs: Arc<Programs>,
     pub(crate) prometheus: Option<Arc<Prometheus>>,
     pub(crate) pulses: Pulses,
     pub(crate) stop: CancellationToken,
@@ -97,6 +98,7 @@ impl Operator {
             learner,
             eyes: Arc::default(),
             ledger: Arc::default(),
+            programs: Arc::default(),
             prometheus,
             pulses,
             stop,
@@ -177,7 +179,7 @@ impl Operator {
         }
         // No controller is left half-way through a request.
         while let Ok(Some(_)) = tokio::time::timeout(servers::PATIENCE, threads.recv()).await {}
-        let _ = tokio::time::timeout(servers::PATIENCE, parts.learner.flush()).await;
+        let _ = tokio::time::timeout(servers::PATIENCE, parts.learner.flush(|_| true)).await;
         let _ = tokio::time::timeout(servers::PATIENCE, candidate.resign()).await;
         failed
     }

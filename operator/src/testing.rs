@@ -80,9 +80,8 @@ pub(crate) fn pod(world: &mut World, namespace: &str, name: &str, address: &str)
 pub(crate) fn policy(world: &mut World, namespace: &str, name: &str, spec: &str) {
     let mut policy = AuthorizationPolicy::new(name, yaml(spec));
     policy.metadata.namespace = Some(namespace.to_owned());
-    world
-        .policies
-        .insert(Key::new(namespace, name), PolicyFacts::of(&policy).into());
+    let facts = PolicyFacts::of(&policy, "fenceline-system");
+    world.set_policy(&Key::new(namespace, name), Some(facts));
 }
 
 /// Adds a VirtualService.

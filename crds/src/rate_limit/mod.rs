@@ -207,7 +207,8 @@ pub struct Metric {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PrometheusQuery {
-    /// PromQL, whose answer is one number: a scalar, or a vector of one series.
-    #[schemars(length(min = 1, max = 2048))]
+    /// PromQL, whose answer is one number: a scalar, or a vector of one series. Asked only where the operator's `--rate-limit-metrics` lets
+    /// it; with `namespaced`, for the series of this namespace.
+    #[schemars(length(min = 1, max = 1024))]
     pub query: String,
 }

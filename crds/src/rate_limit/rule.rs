@@ -236,12 +236,12 @@ pub struct Adaptive {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4), pattern(r"^(100|[1-9]?[0-9])%$"))]
     pub dead_band: Option<String>,
-    /// How often it may move, `1s` to `1h`. Absent: `30s`.
+    /// How often it may move, `10s` to `1h`. Absent: `30s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16))]
     #[x_kube(
-        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) >= duration('1s') && duration(self) <= duration('1h')")
-            .message("every is a length of time from 1s to 1h, as 30s"),
+        validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) >= duration('10s') && duration(self) <= duration('1h')")
+            .message("every is a length of time from 10s to 1h, as 30s"),
     )]
     pub every: Option<String>,
     /// How long a metric may be missing until `onStale` holds, `1s` to `24h`. Until then the limit stays. Absent: `2m`.
@@ -269,7 +269,8 @@ impl Adaptive {
 
     pub fn every(&self) -> Duration {
         let given = self.every.as_deref().and_then(period);
-        given.unwrap_or(EVERY)
+        // What was stored before there was a least is still there.
+        given.unwrap_or(EVERY).max(LEAST)
     }
 
     pub fn stale_after(&self) -> Duration {
@@ -280,6 +281,8 @@ impl Adaptive {
 
 /// How often expressions are looked at, where nothing else is said.
 const EVERY: Duration = Duration::from_secs(30);
+/// Each move is a write, an answer of istiod and, before it, a question to Prometheus, which itself looks every 15 s or more rarely.
+const LEAST: Duration = Duration::from_secs(10);
 
 impl LimitRule {
     /// How often its expressions are looked at.

@@ -7,7 +7,7 @@ use fenceline_e2e::lab::MESH_CONFIG;
 use fenceline_e2e::routers::{REVIEWS, load, none_failed};
 use fenceline_e2e::traffic::Traffic;
 use fenceline_e2e::wait::eventually;
-use fenceline_e2e::{Lab, PATIENCE};
+use fenceline_e2e::{Lab, PATIENCE, PodSpec, Signal};
 
 fn only(version: &str, verify: &str) -> String {
     format!(
@@ -108,6 +108,67 @@ fn a_proxy_that_is_connected_to_no_istiod_is_waited_for() {
         );
         lab.start_second_istiod().await?;
         lab.until_router(REVIEWS, "Stable").await?;
+        none_failed(&traffic.stop().await?)
+    });
+}
+
+/// One that never answers has no say over somebody else's service.
+#[test]
+fn a_silent_proxy_of_another_namespace_has_no_veto() {
+    fenceline_e2e::test(async |lab| {
+        lab.routed_mesh(&["v1", "v2"]).await?;
+        lab.namespace("evil").await?;
+        lab.pod(PodSpec::new("evil", "silent")).await?;
+        let spec = |version: &str| {
+            format!(
+                "{{service: reviews, branches: [{{name: main, versions: {{{version}: 1}}}}], change: {{others: 5s, drain: 1s}}}}"
+            )
+        };
+        lab.router(REVIEWS, &spec("v1")).await?;
+        lab.until_router(REVIEWS, "Stable").await?;
+        let traffic = load(lab, lab.reviews().await?, 8, Duration::from_millis(10))?;
+        lab.running("evil", "silent")?.signal_envoy(Signal::STOP)?;
+        for version in ["v2", "v1"] {
+            let began = traffic.elapsed();
+            lab.router(REVIEWS, &spec(version)).await?;
+            let said = lab.until_router(REVIEWS, "Stable").await?;
+            println!("{version} after {:.1?}: {said}", traffic.elapsed() - began);
+            anyhow::ensure!(said.contains("evil/silent (does not answer)"), "{said}");
+            let subsets = [
+                "-n",
+                "shop",
+                "get",
+                "destinationrule",
+                "fenceline-reviews",
+                "-o",
+                "jsonpath={.spec.subsets[*].name}",
+            ];
+            let subsets = lab.kubectl(&subsets).await?;
+            anyhow::ensure!(
+                ["main--v1", "main--v2"]
+                    .iter()
+                    .all(|subset| subsets.contains(subset)),
+                "skipped proxies lead to a subset that is gone: {subsets}"
+            );
+        }
+        lab.running("evil", "silent")?.signal_envoy(Signal::CONT)?;
+        eventually(PATIENCE * 2, "nobody is skipped any more", async || {
+            let said = lab.until_router(REVIEWS, "Stable").await?;
+            anyhow::ensure!(!said.contains("evil/"), "{said}");
+            let subsets = [
+                "-n",
+                "shop",
+                "get",
+                "destinationrule",
+                "fenceline-reviews",
+                "-o",
+                "jsonpath={.spec.subsets[*].name}",
+            ];
+            let subsets = lab.kubectl(&subsets).await?;
+            anyhow::ensure!(!subsets.contains("main--v2"), "{subsets}");
+            Ok(())
+        })
+        .await?;
         none_failed(&traffic.stop().await?)
     });
 }

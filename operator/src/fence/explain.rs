@@ -212,11 +212,8 @@ pub fn host(
             let _ = writeln!(text, "  a first call by {kind}: {answer}");
         }
     }
-    if let Some(policy) = world.protection(&settings.root_namespace, &found.fqdn) {
-        let _ = writeln!(
-            text,
-            "  AuthorizationPolicy {policy} asks who is calling: the global proxy never calls it for anybody"
-        );
+    if let Some(by) = world.protection(&settings.root_namespace, &found.fqdn) {
+        let _ = writeln!(text, "  {by}: the global proxy never calls it for anybody");
     }
     text
 }

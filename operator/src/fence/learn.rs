@@ -1,21 +1,19 @@
 //! Learning: what was seen becomes durable in the fence's status, whichever replica saw it.
 //!
 //! Nothing polls: the first new host of a fence starts a short wait for company ([`COALESCE`]), then one write takes
-//! all of them. What cannot be written is kept and tried again.
+//! all of them. What cannot be written is kept and tried again. No fence waits for another one's write.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fenceline_crds::{
-    Evidence, LearntDependency, ServiceFence, ServiceFenceStatus, UnresolvedHost,
-};
-use jiff::{SignedDuration, Timestamp, Unit};
+use fenceline_crds::{Evidence, ServiceFence, UnresolvedHost};
+use jiff::Unit;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use super::Settings;
-use super::retain::unused_for;
+use super::learnt::{Pending, SHOWN, Sighting, has_room, is_known, merge};
 use super::said::foreseen;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
@@ -25,37 +23,29 @@ use crate::world::{Key, World};
 
 /// How long the first new host of a fence waits for others.
 pub const COALESCE: Duration = Duration::from_millis(20);
-/// `lastSeen` is kept to the hour: it costs a write.
-const FRESH: SignedDuration = SignedDuration::from_hours(1);
-/// Where nothing is ever forgotten, to the day.
-const RARELY: SignedDuration = SignedDuration::from_hours(24);
-/// How many unresolved names a fence shows.
-const SHOWN: usize = 8;
 /// Unresolved names alone are written at most this often for each fence: whoever forges names must not make us write.
 const UNRESOLVED_EVERY: Duration = Duration::from_secs(60);
-/// How long a failed write waits for its next attempt.
+/// How long a failed write of a fence waits for its next attempt, twice as long each time.
 const RETRY: Duration = Duration::from_millis(500);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+/// The bound, as metrics name it.
+const LEARNT_HOSTS: &str = "learnt_hosts";
 /// Hosts whose learning is timed at any moment; more are learnt untimed.
 const TIMED: usize = 16_384;
 
-/// When a host was called, and who says so.
-#[derive(Clone, Debug)]
-struct Sighting {
-    at: Timestamp,
-    evidence: BTreeSet<Evidence>,
-}
-
-/// What there is to write for one fence.
-#[derive(Clone, Debug, Default)]
-struct Pending {
-    hosts: BTreeMap<String, Sighting>,
-    /// The youngest last; bounded.
-    unresolved: VecDeque<UnresolvedHost>,
+/// A write that failed.
+#[derive(Clone, Copy, Debug)]
+struct Failed {
+    attempts: u32,
+    again: Instant,
 }
 
 #[derive(Default)]
 struct Inbox {
     pending: HashMap<Key, Pending>,
+    /// The fences that are being written, and how many hosts of each.
+    writing: HashMap<Key, usize>,
+    failed: HashMap<Key, Failed>,
     /// When unresolved names of a fence were last written.
     shown: HashMap<Key, Instant>,
     /// When each host that is being learnt was first reported.
@@ -80,6 +70,8 @@ pub enum Noted {
     Learnt,
     /// Nothing to write.
     Known,
+    /// New, and the fence has learnt as many hosts as it can: calls to it stay first calls.
+    Full,
 }
 
 impl Noted {
@@ -88,6 +80,7 @@ impl Noted {
         match self {
             Self::Learnt => "learnt",
             Self::Known => "known",
+            Self::Full => "full",
         }
     }
 }
@@ -127,8 +120,10 @@ impl Learner {
     ) -> Noted {
         let mut all = Noted::Known;
         for fence in fences {
-            if self.saw(world, fence, fqdn, evidence, received) == Noted::Learnt {
-                all = Noted::Learnt;
+            match (self.saw(world, fence, fqdn, evidence, received), all) {
+                (Noted::Learnt, _) => all = Noted::Learnt,
+                (Noted::Full, Noted::Known) => all = Noted::Full,
+                _ => {}
             }
         }
         all
@@ -145,17 +140,20 @@ impl Learner {
     ) -> Noted {
         // Seconds are enough for people to read.
         let now = (self.clock)().round(Unit::Second).unwrap_or_default();
-        let known = world.fences.get(fence).is_none_or(|fence| {
-            !fence.spec.believes(evidence) || is_known(fence, fqdn, evidence, now)
-        });
-        if known {
+        let Some(object) = world.fences.get(fence) else {
+            return Noted::Known;
+        };
+        if !object.spec.believes(evidence) || is_known(object, fqdn, evidence, now) {
             return Noted::Known;
         }
         let mut inbox = self.inbox();
-        inbox
-            .pending
-            .entry(fence.clone())
-            .or_default()
+        let pending = inbox.pending.entry(fence.clone()).or_default();
+        if !pending.hosts.contains_key(fqdn) && !has_room(object, fqdn, pending.hosts.len()) {
+            drop(inbox);
+            self.metrics.drop_over(LEARNT_HOSTS);
+            return Noted::Full;
+        }
+        pending
             .hosts
             .entry(fqdn.to_owned())
             .or_insert_with(|| Sighting {
@@ -222,36 +220,38 @@ impl Learner {
 
     /// Writes what comes in, for ever.
     pub async fn run(self: Arc<Self>) {
+        let mut writes = JoinSet::new();
         loop {
             self.wake.notified().await;
             loop {
                 tokio::time::sleep(COALESCE).await;
                 let (due, later) = self.due();
-                let failed = self.write(due).await;
-                if failed {
-                    tokio::time::sleep(RETRY).await;
-                } else if let Some(later) = later {
-                    // Names that may not be shown yet; anything new comes first.
-                    tokio::select! {
-                        () = tokio::time::sleep(later) => {}
-                        () = self.wake.notified() => {}
-                    }
-                } else {
+                for (fence, pending) in due {
+                    writes.spawn(Arc::clone(&self).write(fence, pending));
+                }
+                while writes.try_join_next().is_some() {}
+                let Some(later) = later else {
                     break;
+                };
+                // Names that may not be shown yet, and what is tried again; anything new comes first.
+                tokio::select! {
+                    () = tokio::time::sleep(later) => {}
+                    () = self.wake.notified() => {}
                 }
             }
         }
     }
 
-    /// Waits until every host that was seen is stored.
-    pub async fn flush(&self) {
+    /// Waits until every host that these fences' workloads were seen to call is stored, or its fence cannot be written now.
+    pub async fn flush(&self, concerned: impl Fn(&Key) -> bool) {
         let waiting = || {
-            self.inbox()
-                .pending
-                .values()
-                .any(|pending| !pending.hosts.is_empty())
+            let inbox = self.inbox();
+            let hosts = |pending: &Pending| !pending.hosts.is_empty();
+            let mut pending = inbox.pending.iter().filter(|(_, pending)| hosts(pending));
+            pending.any(|(fence, _)| concerned(fence) && !inbox.failed.contains_key(fence))
+                || inbox.writing.keys().any(&concerned)
         };
-        while waiting() || self.metrics.waiting.get() > 0.0 {
+        while waiting() {
             tokio::time::sleep(COALESCE).await;
         }
     }
@@ -259,11 +259,31 @@ impl Learner {
     /// Takes what may be written now; says when something else may.
     fn due(&self) -> (HashMap<Key, Pending>, Option<Duration>) {
         let mut inbox = self.inbox();
-        let Inbox { pending, shown, .. } = &mut *inbox;
+        let Inbox {
+            pending,
+            shown,
+            writing,
+            failed,
+            ..
+        } = &mut *inbox;
         shown.retain(|_, since| since.elapsed() < UNRESOLVED_EVERY);
+        failed.retain(|fence, _| pending.contains_key(fence) || writing.contains_key(fence));
         let mut due = HashMap::new();
         let mut later: Option<Duration> = None;
         for (fence, mut waiting) in std::mem::take(pending) {
+            if writing.contains_key(&fence) {
+                // Its end wakes us.
+                pending.insert(fence, waiting);
+                continue;
+            }
+            let again = failed
+                .get(&fence)
+                .map(|failed| failed.again.saturating_duration_since(Instant::now()));
+            if let Some(again) = again.filter(|again| !again.is_zero()) {
+                later = Some(later.map_or(again, |later| later.min(again)));
+                pending.insert(fence, waiting);
+                continue;
+            }
             let wait = shown
                 .get(&fence)
                 .map(|since| UNRESOLVED_EVERY.saturating_sub(since.elapsed()));
@@ -291,178 +311,55 @@ impl Learner {
             }
         }
         // Before the inbox is open again: whoever flushes must not find everything empty.
-        let hosts: usize = due.values().map(|pending| pending.hosts.len()).sum();
-        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-        self.metrics.waiting.set(hosts as f64);
+        for (fence, pending) in &due {
+            writing.insert(fence.clone(), pending.hosts.len());
+        }
+        self.count(&inbox);
         (due, later)
     }
 
-    /// Writes all that is due, the fences side by side. Says whether something has to be tried again.
-    async fn write(self: &Arc<Self>, due: HashMap<Key, Pending>) -> bool {
-        let mut writes = JoinSet::new();
-        for (fence, pending) in due {
-            let learner = Arc::clone(self);
-            let world = self.world.borrow().clone();
-            writes.spawn(async move {
-                let change = |fence: &ServiceFence| {
-                    let mut fence = fence.clone();
-                    fence.status = Some(merge(&fence, &pending));
-                    foreseen(&fence, &world, &learner.settings, (learner.clock)())
+    #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+    fn count(&self, inbox: &Inbox) {
+        let waiting: usize = inbox.writing.values().sum();
+        let failed = inbox.failed.keys();
+        let failed = failed.filter_map(|fence| inbox.pending.get(fence));
+        let failed: usize = failed.map(|pending| pending.hosts.len()).sum();
+        self.metrics.waiting.set((waiting + failed) as f64);
+    }
+
+    /// Writes what is due of one fence; where that fails, it is due again later.
+    async fn write(self: Arc<Self>, fence: Key, pending: Pending) {
+        let world = self.world.borrow().clone();
+        let change = |fence: &ServiceFence| {
+            let mut fence = fence.clone();
+            fence.status = Some(merge(&fence, &pending));
+            foreseen(&fence, &world, &self.settings, (self.clock)())
+        };
+        let result = self.status.update(&world, &fence, change).await;
+        let mut inbox = self.inbox();
+        inbox.writing.remove(&fence);
+        match result {
+            Ok(_) => drop(inbox.failed.remove(&fence)),
+            Err(error) => {
+                let error = crate::chain(&error);
+                let attempts = inbox.failed.get(&fence).map_or(0, |failed| failed.attempts);
+                let wait = RETRY
+                    .saturating_mul(1 << attempts.min(10))
+                    .min(LONGEST_RETRY);
+                tracing::warn!(%fence, error, ?wait, "what was learnt is not stored yet; it is tried again");
+                let kept = inbox.pending.entry(fence.clone()).or_default();
+                for (host, seen) in pending.hosts {
+                    kept.hosts.entry(host).or_insert(seen);
+                }
+                let failed = Failed {
+                    attempts: attempts.saturating_add(1),
+                    again: Instant::now() + wait,
                 };
-                let result = learner.status.update(&world, &fence, change).await;
-                result.map_err(|error| (fence, pending, error))
-            });
-        }
-        let mut failed = false;
-        while let Some(written) = writes.join_next().await {
-            let Ok(Err((fence, pending, error))) = written else {
-                continue;
-            };
-            let error = crate::chain(&error);
-            tracing::warn!(%fence, error, "what was learnt is not stored yet; trying again");
-            failed = true;
-            let mut inbox = self.inbox();
-            let kept = inbox.pending.entry(fence).or_default();
-            for (host, seen) in pending.hosts {
-                kept.hosts.entry(host).or_insert(seen);
+                inbox.failed.insert(fence, failed);
             }
         }
-        if !failed {
-            self.metrics.waiting.set(0.0);
-        }
-        failed
-    }
-}
-
-fn is_known(fence: &ServiceFence, fqdn: &str, evidence: Evidence, now: Timestamp) -> bool {
-    let fresh = freshness(fence, evidence);
-    let learnt = fence.status.iter().flat_map(|status| &status.dependencies);
-    let mut same = learnt.filter(|learnt| learnt.host == fqdn);
-    same.any(|learnt| {
-        let lately = |last: Timestamp| now.duration_since(last) < fresh;
-        learnt.evidence.contains(&evidence) && learnt.last_seen.is_some_and(lately)
-    })
-}
-
-/// How old `lastSeen` may get before it is written again. What goes direct is seen all the time, and it matters to
-/// `retention` alone.
-fn freshness(fence: &ServiceFence, evidence: Evidence) -> SignedDuration {
-    match unused_for(fence) {
-        Some(unused_for) => (unused_for / 4).min(FRESH),
-        None if evidence == Evidence::GlobalProxy => FRESH,
-        None => RARELY,
-    }
-}
-
-/// The fence's status with what was seen.
-fn merge(fence: &ServiceFence, pending: &Pending) -> ServiceFenceStatus {
-    let mut status = fence.status.clone().unwrap_or_default();
-    for (host, seen) in &pending.hosts {
-        let fresh = seen.evidence.iter().map(|kind| freshness(fence, *kind));
-        let fresh = fresh.min().unwrap_or(FRESH);
-        match status
-            .dependencies
-            .iter_mut()
-            .find(|learnt| learnt.host == *host)
-        {
-            Some(learnt) => {
-                let lately = |last: Timestamp| seen.at.duration_since(last) < fresh;
-                if !learnt.last_seen.is_some_and(lately) {
-                    learnt.last_seen = Some(seen.at);
-                }
-                for evidence in &seen.evidence {
-                    if !learnt.evidence.contains(evidence) {
-                        learnt.evidence.push(*evidence);
-                    }
-                }
-            }
-            None => status.dependencies.push(LearntDependency {
-                host: host.clone(),
-                evidence: seen.evidence.iter().copied().collect(),
-                first_seen: seen.at,
-                last_seen: Some(seen.at),
-            }),
-        }
-    }
-    status.dependencies.sort_by(|a, b| a.host.cmp(&b.host));
-    // Names that are shown already stay where they are: to be called again is no news.
-    let shown: BTreeSet<String> = status
-        .unresolved
-        .iter()
-        .map(|entry| entry.host.clone())
-        .collect();
-    let new = pending
-        .unresolved
-        .iter()
-        .filter(|entry| !shown.contains(&entry.host));
-    status.unresolved.extend(new.cloned());
-    let excess = status.unresolved.len().saturating_sub(SHOWN);
-    status.unresolved.drain(..excess);
-    status
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::fence;
-
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(second).unwrap()
-    }
-
-    fn seen(hosts: &[&str], second: i64) -> Pending {
-        let hosts = hosts
-            .iter()
-            .map(|host| {
-                let sighting = Sighting {
-                    at: at(second),
-                    evidence: [Evidence::GlobalProxy].into(),
-                };
-                ((*host).to_owned(), sighting)
-            })
-            .collect();
-        Pending {
-            hosts,
-            ..Pending::default()
-        }
-    }
-
-    #[test]
-    fn learning_adds_and_never_takes_away() {
-        let mut cart = fence("shop", "cart", "{}");
-        cart.status = Some(merge(&cart, &seen(&["b", "a"], 0)));
-        cart.status = Some(merge(&cart, &seen(&["c"], 10)));
-        let status = cart.status.clone().unwrap();
-        let hosts: Vec<&str> = status
-            .dependencies
-            .iter()
-            .map(|d| d.host.as_str())
-            .collect();
-        assert_eq!(hosts, ["a", "b", "c"]);
-        // Seen again within the hour: nothing to write.
-        assert_eq!(merge(&cart, &seen(&["a"], 3599)), status);
-        assert!(is_known(&cart, "a", Evidence::GlobalProxy, at(3599)));
-        let later = merge(&cart, &seen(&["a"], 3600));
-        assert_eq!(later.dependencies[0].last_seen, Some(at(3600)));
-        assert_eq!(later.dependencies[0].first_seen, at(0));
-    }
-
-    #[test]
-    fn unresolved_names_are_few_and_the_youngest() {
-        let mut cart = fence("shop", "cart", "{}");
-        for number in 0..100 {
-            let entry = UnresolvedHost {
-                host: format!("junk-{number}"),
-                reason: "x".into(),
-            };
-            let pending = Pending {
-                unresolved: [entry].into(),
-                ..Pending::default()
-            };
-            cart.status = Some(merge(&cart, &pending));
-        }
-        let unresolved = cart.status.unwrap().unresolved;
-        assert_eq!(unresolved.len(), SHOWN);
-        assert_eq!(unresolved[SHOWN - 1].host, "junk-99");
+        self.count(&inbox);
+        drop(inbox);
+        self.wake.notify_one();
     }
 }

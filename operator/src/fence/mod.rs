@@ -1,9 +1,11 @@
 //! The controller of fences: gather (the world), plan, apply, status. Learning feeds it through the fences' own status.
 
+pub mod alias;
 pub mod arrival;
 pub mod conflict;
 pub mod explain;
 pub mod learn;
+mod learnt;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
@@ -65,6 +67,8 @@ const SEEN_BY_NOW: Duration = Duration::from_secs(3);
 /// The first pause after a failure; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// The pause after an object was too large: it becomes smaller by a change, which is looked at by itself.
+const TOO_LARGE_PAUSE: Duration = Duration::from_secs(300);
 /// How long what is no fence's waits for its next attempt: what a former one left, what all have in common.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// How many fences are worked on side by side.
@@ -122,6 +126,8 @@ pub struct Context {
     pub arrivals: Arrivals,
     pub recent: RecentObjects,
     pub prometheus: Option<Arc<Prometheus>>,
+    /// The bounds that each fence is over.
+    pub over: std::sync::Mutex<std::collections::HashMap<Key, BTreeSet<&'static str>>>,
     pub failures: std::sync::Mutex<std::collections::HashMap<Key, u32>>,
 }
 
@@ -363,6 +369,12 @@ async fn reconcile(fence: &ServiceFence, context: &Context) -> Result<Action, Er
             resync = LOOK_AGAIN;
         }
         Ok(Progress::LookAgain) => resync = SEEN_BY_NOW,
+        Err(Error::Apply(error)) if error.is_too_large() => {
+            plan.refused = Some(error.refusal().unwrap_or_else(|| error.to_string()));
+            plan.too_large = true;
+            report(&key, &fence, &plan, &world, context).await?;
+            return Err(error.into());
+        }
         Err(Error::Apply(error)) if let Some(why) = error.refusal() => {
             plan.refused = Some(why);
             report(&key, &fence, &plan, &world, context).await?;
@@ -394,6 +406,26 @@ async fn evaluate(
     evaluate::within_deadline(move || plan(&fence, &world, &settings, now)).await
 }
 
+/// Counts the fences that are over a bound.
+fn show_over(key: &Key, plan: &Plan, world: &World, context: &Context) {
+    let mut over = context
+        .over
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let changed = if plan.over.is_empty() {
+        over.remove(key).is_some()
+    } else {
+        over.insert(key.clone(), plan.over.clone()).as_ref() != Some(&plan.over)
+    };
+    if changed {
+        over.retain(|key, _| world.fences.contains_key(key));
+        for bound in scope::BOUNDS {
+            let fences = over.values().filter(|over| over.contains(bound));
+            context.metrics.is_over(bound, fences.count());
+        }
+    }
+}
+
 /// Writes the conditions and the scope, and an event where the fence's state changed.
 async fn report(
     key: &Key,
@@ -402,6 +434,7 @@ async fn report(
     world: &World,
     context: &Context,
 ) -> Result<(), Error> {
+    show_over(key, plan, world, context);
     let now = (context.clock)();
     let before = said::ready_reason(fence);
     let change = |fence: &ServiceFence| said::status(fence, plan, now);
@@ -453,7 +486,10 @@ fn retry(fence: &ServiceFence, error: &Error, context: &Context) -> Action {
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
     let failed = failures.entry(key.clone()).or_default();
-    let pause = PAUSE.saturating_mul(1 << (*failed).min(10)).min(MAX_PAUSE);
+    let pause = match error {
+        Error::Apply(error) if error.is_too_large() => TOO_LARGE_PAUSE,
+        _ => PAUSE.saturating_mul(1 << (*failed).min(10)).min(MAX_PAUSE),
+    };
     *failed += 1;
     context.metrics.reconcile_errors.inc();
     tracing::warn!(fence = %key, error = crate::chain(error), ?pause, "trying again");

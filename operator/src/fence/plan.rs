@@ -25,6 +25,8 @@ pub struct Plan {
     pub rejected: Vec<IpAddr>,
     /// What the API said when it refused an object. Found only by writing.
     pub refused: Option<String>,
+    /// Whether that was for an object's size. Found only by writing.
+    pub too_large: bool,
     /// Whether first calls go nowhere.
     pub global_proxy_gone: bool,
     pub scope: Scope,
@@ -32,6 +34,8 @@ pub struct Plan {
     pub named: BTreeSet<String>,
     /// What is left out and why: declared dependencies that mean nothing, pods without a sidecar. They do not stop the others.
     pub remarks: Vec<String>,
+    /// The bounds that something of the fence is over.
+    pub over: BTreeSet<&'static str>,
     /// Hosts that were first called while the fence only observed, the latest first: those calls would have been first
     /// calls.
     pub called_since: Vec<String>,
@@ -93,6 +97,7 @@ pub fn object_key(fence: &Key) -> Key {
 pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Timestamp) -> Plan {
     let namespace = fence.metadata.namespace.clone().unwrap_or_default();
     let mut scoped = scope(fence, &namespace, world, settings, now, &mut |_, _| ());
+    scoped.remarks.extend(super::learnt::full(fence));
     let verdict = match select::labels(fence, world) {
         Err(why) => Verdict::NoPods(why),
         Ok(labels) => {
@@ -138,10 +143,12 @@ pub fn plan(fence: &ServiceFence, world: &World, settings: &Settings, now: Times
         verdict,
         rejected: Vec::new(),
         refused: None,
+        too_large: false,
         global_proxy_gone: world.global_proxy_gone,
         scope: scoped.counts,
         named: scoped.named,
         remarks: scoped.remarks,
+        over: scoped.over,
         called_since: called_since(fence, &scoped.learnt),
         again_in: scoped.next_end.map(|end| end.duration_since(now)),
     }

@@ -17,13 +17,22 @@ pub(super) const GLOBAL_PROXY_GONE: &str = "GlobalProxyGone";
 const READY: &str = "Ready";
 const ENFORCED: &str = "Enforced";
 const CONFLICTED: &str = "Conflicted";
+/// So many remarks a condition has, and so many characters each: a fence may have thousands, and what is wrong with the first ten is
+/// wrong with the others.
+const REMARKS: usize = 10;
+const REMARK_CHARACTERS: usize = 200;
 
 /// The `Ready` condition of a plan that was carried out.
 pub(super) fn ready(plan: &Plan) -> Said {
     let (status, reason, mut message) = match &plan.verdict {
         _ if let Some(why) = &plan.refused => {
             let text = format!("{why}; it is tried again, and what is there stays as it is");
-            (false, "Failing", text)
+            let reason = if plan.too_large {
+                "TooLarge"
+            } else {
+                "Failing"
+            };
+            (false, reason, text)
         }
         Verdict::Enforce(objects) if plan.global_proxy_gone && objects.redirect.is_some() => {
             let text = format!("{}; {GONE}", in_scope(plan.scope, "are"));
@@ -65,9 +74,12 @@ pub(super) fn ready(plan: &Plan) -> Said {
         Verdict::Overlapped(_) => (false, "Overlapped", conflict(plan)),
         Verdict::NotInMesh(_) => (false, "NotInMesh", conflict(plan)),
     };
-    for remark in &plan.remarks {
+    for remark in plan.remarks.iter().take(REMARKS) {
         message.push_str("; ignored: ");
-        message.push_str(remark);
+        message.extend(remark.chars().take(REMARK_CHARACTERS));
+    }
+    if let Some(more @ 1..) = plan.remarks.len().checked_sub(REMARKS) {
+        message.push_str(&format!("; and {more} more"));
     }
     Said {
         type_: READY,

@@ -7,9 +7,9 @@ use fenceline_crds::{
 };
 use jiff::Timestamp;
 use kube::core::{Selector, SelectorExt};
-use regex::Regex;
 
 use super::Settings;
+use super::alias;
 use super::explain::Why;
 use super::select;
 use crate::observe::resolve::{Unresolved, full_names, resolve};
@@ -26,9 +26,16 @@ pub(super) struct Scoped {
     pub named: BTreeSet<String>,
     pub counts: Scope,
     pub remarks: Vec<String>,
+    /// The bounds that something of it is over.
+    pub over: BTreeSet<&'static str>,
     /// When the first declaration ends.
     pub next_end: Option<Timestamp>,
 }
+
+/// The bound on what aliases bring, as metrics name it.
+pub(super) const ALIAS_HOSTS: &str = "alias_hosts";
+/// What a fence may be over.
+pub(super) const BOUNDS: [&str; 2] = [ALIAS_HOSTS, NAMED_HOSTS];
 
 /// Is told why each host is in scope.
 type Note<'a> = &'a mut dyn FnMut(&Host, Why<'_>);
@@ -50,7 +57,7 @@ pub(super) fn scope(
     learnt.retain(|host| !always.contains(host));
     scoped.counts.learnt = count(learnt.len());
 
-    let named = named(fence, namespace, world, settings);
+    let named = named(fence, namespace, world, settings, &mut scoped);
     for host in &named {
         note(host, Why::Named);
     }
@@ -201,6 +208,10 @@ fn learnt(fence: &ServiceFence, namespace: &str, world: &World, note: Note<'_>) 
 
 /// More would not fit into a fence's status; who is named by so many was not meant.
 const MOST_NAMED: usize = 1000;
+/// So many hosts of one other namespace: a workload calls fewer, and one namespace's policies must not fill everybody's scopes.
+const MOST_NAMED_BY_ONE: usize = 50;
+/// The bound on hosts whose policies name a workload, as metrics name it.
+pub(super) const NAMED_HOSTS: &str = "named_hosts";
 
 /// The hosts whose AuthorizationPolicies name the fence's pods as callers.
 fn named(
@@ -208,6 +219,7 @@ fn named(
     namespace: &str,
     world: &World,
     settings: &Settings,
+    scoped: &mut Scoped,
 ) -> BTreeSet<Host> {
     let Ok(labels) = select::labels(fence, world) else {
         return BTreeSet::new();
@@ -224,15 +236,47 @@ fn named(
         let known = fence.status.iter().flat_map(|status| &status.dependencies);
         return known
             .filter(|known| known.evidence.contains(&Evidence::AuthorizationPolicy))
+            .take(MOST_NAMED)
             .flat_map(|known| world.providers(namespace, &known.host))
             .collect();
     }
-    world
-        .named_by_policies(&settings.root_namespace, namespace, &identities)
-        .iter()
-        .take(MOST_NAMED)
+    let all = world.named_by_policies(&settings.root_namespace, &identities);
+    let (within, over) = fair(&all, namespace);
+    if over > 0 {
+        scoped.over.insert(NAMED_HOSTS);
+        scoped.remarks.push(format!(
+            "AuthorizationPolicies name this workload as a caller of {} hosts, and {MOST_NAMED_BY_ONE} of one other namespace and {MOST_NAMED} \
+             in all are the most; {over} come into scope by first calls",
+            all.len()
+        ));
+    }
+    within
+        .into_iter()
         .flat_map(|service| world.providers(namespace, &world.fqdn(service)))
         .collect()
+}
+
+/// The Services that are within the bounds, and how many are not: the namespace's own first, then those of the others one of each at a
+/// time, so that who has many crowds out nobody.
+fn fair<'a>(all: &'a BTreeSet<Key>, own: &str) -> (Vec<&'a Key>, usize) {
+    let mut within: Vec<&Key> = all.iter().filter(|key| key.namespace == own).collect();
+    within.truncate(MOST_NAMED);
+    let mut rounds: Vec<(usize, &Key)> = Vec::new();
+    let mut of_one: (&str, usize) = ("", 0);
+    for key in all.iter().filter(|key| key.namespace != own) {
+        if of_one.0 != key.namespace {
+            of_one = (&key.namespace, 0);
+        }
+        if of_one.1 < MOST_NAMED_BY_ONE {
+            rounds.push((of_one.1, key));
+        }
+        of_one.1 += 1;
+    }
+    rounds.sort_unstable();
+    let room = MOST_NAMED - within.len();
+    within.extend(rounds.into_iter().take(room).map(|(_, key)| key));
+    let over = all.len() - within.len();
+    (within, over)
 }
 
 /// What an ExternalName in the mesh stands for: istiod knows it as another name of that, and of nothing that is not in
@@ -251,30 +295,25 @@ fn aliases(
     scoped: &mut Scoped,
     note: Note<'_>,
 ) -> BTreeSet<Host> {
+    let found = alias::implied(&fence.spec.aliases, known);
+    scoped.remarks.extend(found.wrong);
+    if found.more {
+        scoped.over.insert(ALIAS_HOSTS);
+        scoped.remarks.push(format!(
+            "spec.aliases bring more than {} names; those over it come into scope by first calls",
+            alias::NAMES
+        ));
+    }
     let mut implied = BTreeSet::new();
-    for (index, alias) in fence.spec.aliases.iter().enumerate() {
-        let pattern = match Regex::new(&format!("^(?:{})$", alias.pattern)) {
-            Ok(pattern) => pattern,
-            Err(error) => {
-                let remark = format!("spec.aliases[{index}].pattern: {error}");
-                scoped.remarks.push(remark);
-                continue;
+    for (index, name) in found.names {
+        match declared_host(world, namespace, &name) {
+            Ok(hosts) => {
+                hosts.iter().for_each(|host| note(host, Why::Alias(index)));
+                implied.extend(hosts);
             }
-        };
-        for found in known.iter().filter_map(|host| pattern.captures(host)) {
-            for template in &alias.hosts {
-                let mut host = String::new();
-                found.expand(template, &mut host);
-                match declared_host(world, namespace, &host) {
-                    Ok(hosts) => {
-                        hosts.iter().for_each(|host| note(host, Why::Alias(index)));
-                        implied.extend(hosts);
-                    }
-                    Err(why) => scoped
-                        .remarks
-                        .push(format!("spec.aliases[{index}].hosts {host}: {why}")),
-                }
-            }
+            Err(why) => scoped
+                .remarks
+                .push(format!("spec.aliases[{index}].hosts {name}: {why}")),
         }
     }
     implied
@@ -343,4 +382,33 @@ fn found(world: &World, namespace: &str, services: &ServiceSelector) -> Result<V
         })
         .flat_map(|(key, _)| hosts_named(world, namespace, &world.fqdn(key)))
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_s_policies_crowd_out_others() {
+        let services = |namespace: String, count: usize| {
+            (0..count).map(move |number| Key::new(namespace.clone(), format!("svc-{number:04}")))
+        };
+        let mut all: BTreeSet<Key> = services("aaa".to_owned(), 6600).collect();
+        all.extend(services("bank".to_owned(), 1));
+        all.extend(services("shop".to_owned(), 60));
+        let (within, over) = fair(&all, "shop");
+        let of = |namespace: &str| {
+            within
+                .iter()
+                .filter(|key| key.namespace == namespace)
+                .count()
+        };
+        assert_eq!((of("aaa"), of("bank"), of("shop"), over), (50, 1, 60, 6550));
+        // Many namespaces of many: each has its share.
+        let many = (0..200).flat_map(|number| services(format!("evil-{number:03}"), 100));
+        let all: BTreeSet<Key> = many.chain(services("zoo".to_owned(), 1)).collect();
+        let (within, over) = fair(&all, "shop");
+        assert_eq!((within.len(), over), (MOST_NAMED, all.len() - MOST_NAMED));
+        assert!(within.iter().any(|key| key.namespace == "zoo"));
+    }
 }

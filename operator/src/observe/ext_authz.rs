@@ -28,7 +28,7 @@ use super::identity::Identity;
 use super::peer::Door;
 use crate::clock::Clock;
 use crate::fence::Settings;
-use crate::fence::learn::Learner;
+use crate::fence::learn::{Learner, Noted};
 use crate::fence::redirect::{FORWARD, PASS, REPLY};
 use crate::metrics::{Metrics, outcome};
 use crate::world::World;
@@ -137,9 +137,13 @@ impl ExtAuthz {
             grpc: question.is_grpc(),
         };
         let decision = decide(&world, &self.settings, &asked);
-        self.learn(&world, &decision, question.authority, received);
+        let full = self.learn(&world, &decision, question.authority, received);
         drop(world);
         match decision.answer {
+            // Its host will not come into scope, however long it is held.
+            Answer::Hold(hold) if full => {
+                self.say(question, asked.port, *hold.otherwise, "at once")
+            }
             Answer::Hold(hold) => match self.hold(question, &hold).await {
                 Ok(replayed) => replayed,
                 Err(why) => {
@@ -156,17 +160,27 @@ impl ExtAuthz {
         }
     }
 
-    fn learn(&self, world: &World, decision: &Decision, authority: &str, received: Instant) {
-        for fence in &decision.fences {
-            match &decision.host {
-                Ok(host) => drop(self.learner.saw(
-                    world,
-                    fence,
-                    &host.fqdn,
-                    Evidence::GlobalProxy,
-                    received,
-                )),
-                Err(why) => self.learner.saw_unresolved(fence, authority, *why),
+    /// Says whether the fence has learnt as many hosts as it can, and not this one.
+    fn learn(
+        &self,
+        world: &World,
+        decision: &Decision,
+        authority: &str,
+        received: Instant,
+    ) -> bool {
+        match &decision.host {
+            Ok(host) => {
+                let (fences, evidence) = (&decision.fences, Evidence::GlobalProxy);
+                let noted = self
+                    .learner
+                    .all_saw(world, fences, &host.fqdn, evidence, received);
+                noted == Noted::Full
+            }
+            Err(why) => {
+                for fence in &decision.fences {
+                    self.learner.saw_unresolved(fence, authority, *why);
+                }
+                false
             }
         }
     }

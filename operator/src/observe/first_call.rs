@@ -8,7 +8,7 @@ use fenceline_crds::{Evidence, FirstCall, FirstCallPolicy, GrpcFirstCall, Mode, 
 use super::identity::Identity;
 use super::resolve::{Unresolved, fences_of_caller, resolve};
 use crate::fence::Settings;
-use crate::world::{Host, Key, World};
+use crate::world::{Host, Key, Protection, World};
 
 /// Which port of the global proxy was called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,8 @@ pub struct Hold {
 pub enum Refusal {
     /// An AuthorizationPolicy asks who calls, and it would not see that.
     Protected(Key),
+    /// Routes lead to so many hosts that nobody can say whether one of them asks who calls.
+    LeadsTooFar(Key),
     /// It is not exported to the global proxy's namespace.
     NotExported,
     /// The pods of a headless Service are called by address; the global proxy would call another one.
@@ -76,6 +78,7 @@ impl Refusal {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Protected(_) => "ProtectedHost",
+            Self::LeadsTooFar(_) => "LeadsTooFar",
             Self::NotExported => "NotExported",
             Self::Headless => "HeadlessHost",
             Self::UnknownHost => "UnknownHost",
@@ -95,6 +98,10 @@ impl Refusal {
             Self::Protected(_) => {
                 "the host is not in the caller's scope yet, and cannot be called for it: \
                  an AuthorizationPolicy asks who is calling"
+            }
+            Self::LeadsTooFar(_) => {
+                "the host is not in the caller's scope yet, and cannot be called for it: \
+                 its VirtualService leads to more than 1000 hosts"
             }
             Self::NotExported => {
                 "the host is not in the caller's scope yet, and cannot be called for it: \
@@ -205,7 +212,10 @@ fn obstacle(world: &World, settings: &Settings, host: &Host) -> Option<Refusal> 
     let proxy = &settings.global_proxy.namespace;
     let hidden = world.providers(proxy, &host.fqdn).is_empty();
     protected
-        .map(Refusal::Protected)
+        .map(|by| match by {
+            Protection::Policy(policy) => Refusal::Protected(policy),
+            Protection::LeadsTooFar(routes) => Refusal::LeadsTooFar(routes),
+        })
         .or_else(|| headless.then_some(Refusal::Headless))
         .or_else(|| hidden.then_some(Refusal::NotExported))
 }

@@ -141,6 +141,7 @@ fn fences(
         arrivals,
         recent: fence::RecentObjects::default(),
         prometheus: parts.prometheus.clone(),
+        over: std::sync::Mutex::default(),
         failures: std::sync::Mutex::default(),
     };
     Arc::new(Fences::new(context, stored, concerned, arrived))
@@ -181,6 +182,11 @@ fn rate_limits(
         settings: parts.settings.clone(),
         istiods,
         prometheus: parts.prometheus.clone(),
+        policy: rate_limit::MetricsPolicy {
+            metrics: args.rate_limit_metrics,
+            label: args.rate_limit_metrics_label.clone(),
+        },
+        programs: Arc::clone(&parts.programs),
         metrics: Arc::clone(&parts.metrics),
         operator: Key::new(&*args.namespace, &*args.name),
         clock: clock::system,

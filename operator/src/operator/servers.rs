@@ -105,6 +105,8 @@ fn discovery(parts: &Parts, args: &Run) -> Discovery {
         world: parts.world.clone(),
         settings: parts.settings.clone(),
         ledger: Arc::clone(&parts.ledger),
+        programs: Arc::clone(&parts.programs),
+        clock: clock::system,
         replica: parts.replica.clone(),
         stop: parts.stop.clone(),
     }

@@ -1,6 +1,6 @@
 //! Which fences policies and labels want: a plain function of the world.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use fenceline_crds::{
@@ -13,6 +13,7 @@ use kube::core::SelectorExt;
 
 use crate::apply::{MANAGED_BY, MANAGER};
 use crate::fence::Settings;
+use crate::fence::alias;
 use crate::fence::select::{self, Labels, matches};
 use crate::world::feed::is_ours;
 use crate::world::{Key, PodFacts, World, in_namespace};
@@ -142,8 +143,10 @@ impl Policy {
         let spec = &policy.spec;
         let template = spec.template.clone().unwrap_or_default();
         for (index, alias) in template.aliases.iter().enumerate() {
-            regex::Regex::new(&alias.pattern)
-                .map_err(|error| format!("spec.template.aliases[{index}].pattern: {error}"))?;
+            let (_, wrong) = alias::read(alias);
+            if let Some(why) = wrong.first() {
+                return Err(format!("spec.template.aliases[{index}]{why}"));
+            }
         }
         let always = spec.always_import.iter().map(|host| Dependency {
             host: Some(host.clone()),
@@ -245,16 +248,9 @@ impl Maker<'_> {
         let of_namespace = in_namespace(&self.world.services, self.namespace)
             .filter(|(_, facts)| !facts.external_name && !facts.selector.is_empty());
         let all: Vec<_> = of_namespace.collect();
-        let stands_for = |index: usize| {
-            let (_, facts) = all[index];
-            !all.iter().enumerate().any(|(other, (_, others))| {
-                let selects_ours = matches(&others.selector, &facts.selector);
-                let same = others.selector == facts.selector;
-                other != index && selects_ours && (!same || other < index)
-            })
-        };
-        (0..all.len())
-            .filter(|index| stands_for(*index))
+        let selectors: Vec<&Labels> = all.iter().map(|(_, facts)| &facts.selector).collect();
+        standing(&selectors)
+            .into_iter()
             .map(|index| {
                 let (key, facts) = all[index];
                 let wish = match labelled(&facts.labels) {
@@ -355,6 +351,42 @@ impl Maker<'_> {
     }
 }
 
+/// Of selectors those that select what no wider one does, and of equal ones the first. Each is compared only with those that have its
+/// rarest label: a wider selector has none but labels of the narrower one.
+fn standing(selectors: &[&Labels]) -> Vec<usize> {
+    let mut first: BTreeMap<&Labels, usize> = BTreeMap::new();
+    let mut count: HashMap<(&String, &String), usize> = HashMap::new();
+    for (index, selector) in selectors.iter().enumerate() {
+        if first.contains_key(selector) {
+            continue;
+        }
+        first.insert(selector, index);
+        for label in *selector {
+            *count.entry(label).or_default() += 1;
+        }
+    }
+    let mut by_rarest: HashMap<(&String, &String), Vec<&Labels>> = HashMap::new();
+    for selector in first.keys() {
+        if let Some(label) = selector.iter().min_by_key(|label| count[label]) {
+            by_rarest.entry(label).or_default().push(selector);
+        }
+    }
+    let is_wider = |wider: &&Labels, selector: &Labels| {
+        wider.len() < selector.len() && matches(wider, selector)
+    };
+    let stands = |selector: &Labels| {
+        let mut candidates = selector.iter().filter_map(|label| by_rarest.get(&label));
+        !candidates.any(|wider| wider.iter().any(|wider| is_wider(wider, selector)))
+    };
+    let mut standing: Vec<usize> = first
+        .into_iter()
+        .filter(|(selector, _)| stands(selector))
+        .map(|(_, index)| index)
+        .collect();
+    standing.sort_unstable();
+    standing
+}
+
 /// Says that a fence was promoted from `Observe`, and when.
 pub const PROMOTED: &str = "fenceline.dev/promoted";
 
@@ -375,16 +407,17 @@ fn named_by(labels: &Labels) -> Option<(String, Labels)> {
     Some((name, [(key.to_owned(), value.clone())].into()))
 }
 
-/// The fences that policies and labels made and no longer want.
+/// The fences that policies and labels made and no longer want. Those of a policy that is refused stay as they are.
 pub fn unwanted<'a>(
     world: &'a World,
-    wanted: &Wanted,
+    wanted: &'a Wanted,
 ) -> impl Iterator<Item = (&'a Key, &'a Arc<ServiceFence>)> {
     let fences: BTreeSet<Key> = wanted.fences.keys().cloned().collect();
-    world
-        .fences
-        .iter()
-        .filter(move |(key, fence)| made_by_policy(fence) && !fences.contains(*key))
+    world.fences.iter().filter(move |(key, fence)| {
+        let policy = fence.labels().get(POLICY);
+        let refused = policy.is_some_and(|policy| wanted.refused.contains_key(policy));
+        made_by_policy(fence) && !fences.contains(*key) && !refused
+    })
 }
 
 /// Whether a policy or a label made it.

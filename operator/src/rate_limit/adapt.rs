@@ -25,6 +25,10 @@ pub(super) struct Reading {
 pub(super) struct Known {
     pub(super) readings: BTreeMap<String, Reading>,
     pub(super) replicas: u32,
+    /// Whether newer readings are awaited: nothing moves until they are there.
+    pub(super) asking: bool,
+    /// Whether status must not show the readings: they may be another namespace's.
+    pub(super) hidden: bool,
 }
 
 /// What a rule does from now on.
@@ -72,7 +76,7 @@ pub(super) fn decide(
         status.inputs = BTreeMap::new();
     }
     // Whoever leads next goes by what was said, so that no step comes too soon.
-    let rested = old.is_none_or(|old| has_rested(old, rule.every, now));
+    let rested = !known.asking && old.is_none_or(|old| has_rested(old, rule.every, now));
     let inputs = inputs(rule, known, status.effective);
     let mut notes = Vec::new();
     if let Some(when) = &rule.when {
@@ -120,6 +124,9 @@ pub(super) fn decide(
     if !same {
         status.since = Some(Time(now));
         status.inputs = used(rule, &inputs);
+        status
+            .inputs
+            .retain(|name, _| !known.hidden || name == "replicas");
     }
     status.message = (!notes.is_empty()).then(|| notes.join("; "));
     decision
@@ -227,7 +234,7 @@ mod tests {
         );
         let mut object = RateLimit::new("cart", yaml(&spec));
         object.metadata.namespace = Some("shop".into());
-        valid::limit(&object, &world, "istio-system")
+        valid::limit(&object, &world, "istio-system", &Default::default())
             .unwrap()
             .rules
             .remove(0)
@@ -249,6 +256,7 @@ mod tests {
         Known {
             readings: [("p99".to_owned(), Reading { value, missing_for })].into(),
             replicas: 2,
+            ..Known::default()
         }
     }
 
@@ -306,6 +314,25 @@ mod tests {
             first.inputs,
             [("p99".to_owned(), 0.2), ("replicas".to_owned(), 2.0)].into()
         );
+    }
+
+    #[test]
+    fn nothing_moves_while_newer_readings_are_awaited_and_what_is_hidden_is_not_shown() {
+        let rule = rule(ADAPTIVE);
+        let before = decide(&rule, None, &reads(0.2), at(100)).status;
+        let asking = Known {
+            asking: true,
+            ..reads(0.2)
+        };
+        let same = decide(&rule, Some(&before), &asking, at(200)).status;
+        assert_eq!(same, before);
+        let hidden = Known {
+            hidden: true,
+            ..reads(0.2)
+        };
+        let moved = decide(&rule, Some(&before), &hidden, at(200)).status;
+        assert_eq!(moved.effective, 156);
+        assert_eq!(moved.inputs, [("replicas".to_owned(), 2.0)].into());
     }
 
     #[test]

@@ -12,7 +12,8 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 use envoy_types::pb::google::protobuf::Any;
 use envoy_types::pb::ratelimit::config::ratelimit::v3::RateLimitConfig;
-use fenceline_crds::{LimitServiceStatus, Share};
+use fenceline_crds::{LimitServiceStatus, RateLimit, Share};
+use kube::ResourceExt;
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -20,10 +21,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::services::{self, Ledger};
-use super::{global, valid};
+use super::{Programs, global, valid};
+use crate::clock::Clock;
 use crate::fence::Settings;
 use crate::observe::peer::Door;
-use crate::world::World;
+use crate::process::evaluate::within_deadline;
+use crate::process::quarantine;
+use crate::world::{Key, World};
 
 const TYPE: &str = "type.googleapis.com/ratelimit.config.ratelimit.v3.RateLimitConfig";
 /// How long changes wait for company: each answer has everything.
@@ -37,6 +41,8 @@ pub struct Discovery {
     pub world: watch::Receiver<Arc<World>>,
     pub settings: Settings,
     pub ledger: Arc<Ledger>,
+    pub programs: Arc<Programs>,
+    pub clock: Clock,
     pub replica: String,
     pub stop: CancellationToken,
 }
@@ -55,7 +61,12 @@ impl AggregatedDiscoveryService for Discovery {
     ) -> Result<Response<Answers>, Status> {
         self.door.admit(request.metadata())?;
         let (send, answers) = mpsc::unbounded_channel();
-        let (world, settings) = (self.world.clone(), self.settings.clone());
+        let world = self.world.clone();
+        let source = Source {
+            root: self.settings.root_namespace.clone(),
+            programs: Arc::clone(&self.programs),
+            clock: self.clock,
+        };
         let (ledger, replica) = (Arc::clone(&self.ledger), self.replica.clone());
         let stop = self.stop.clone();
         let mut requests = request.into_inner();
@@ -67,7 +78,7 @@ impl AggregatedDiscoveryService for Discovery {
             let service = ledger.enter(&node, &replica);
             tracing::info!(service, "a rate limit service is connected");
             tokio::select! {
-                () = serve(&service, world, &settings, &mut requests, &send, &ledger) => {}
+                () = serve(&service, world, &source, &mut requests, &send, &ledger) => {}
                 () = stop.cancelled() => {}
             }
             ledger.leave(&service);
@@ -89,13 +100,14 @@ impl AggregatedDiscoveryService for Discovery {
 async fn serve(
     service: &str,
     mut world: watch::Receiver<Arc<World>>,
-    settings: &Settings,
+    source: &Source,
     requests: &mut Streaming<DiscoveryRequest>,
     send: &mpsc::UnboundedSender<Result<DiscoveryResponse, Status>>,
     ledger: &Ledger,
 ) {
     let mut session = Session::default();
-    session.want(configs(&world.borrow_and_update(), settings));
+    let now = Arc::clone(&world.borrow_and_update());
+    session.want(source.configs(&now).await);
     loop {
         if let Some(answer) = session.next()
             && send.send(Ok(answer)).is_err()
@@ -121,7 +133,7 @@ async fn serve(
                 }
                 tokio::time::sleep(COALESCE).await;
                 let now = Arc::clone(&world.borrow_and_update());
-                session.want(configs(&now, settings));
+                session.want(source.configs(&now).await);
                 ledger.set(service, session.standing(service));
             }
         }
@@ -129,18 +141,62 @@ async fn serve(
 }
 
 /// What the services must know, by its name; nothing is known of a RateLimit that makes no sense.
-fn configs(world: &World, settings: &Settings) -> BTreeMap<String, Option<RateLimitConfig>> {
-    let global = world
-        .rate_limits
-        .iter()
-        .filter(|(_, limit)| limit.spec.share == Share::Global);
-    let configs = global.map(|(key, object)| {
-        let limit = valid::limit(object, world, &settings.root_namespace).ok();
+type Wanted = BTreeMap<String, Option<RateLimitConfig>>;
+
+/// Works out what the services must know.
+#[derive(Clone)]
+struct Source {
+    root: String,
+    programs: Arc<Programs>,
+    clock: Clock,
+}
+
+impl Source {
+    /// Of all Global RateLimits, on a thread of its own: how long it takes is the tenants' to say. Where all of them take too long, each
+    /// is looked at by itself, and what takes too long alone stays as it was.
+    async fn configs(&self, world: &Arc<World>) -> Wanted {
+        self.programs.retain(world);
+        let global = world.rate_limits.iter();
+        let global: Vec<Arc<RateLimit>> = global
+            .filter(|(_, limit)| limit.spec.share == Share::Global)
+            .map(|(_, limit)| Arc::clone(limit))
+            .collect();
+        let (source, all, of) = (self.clone(), global.clone(), Arc::clone(world));
+        let at_once = within_deadline(move || -> Wanted {
+            all.iter()
+                .map(|object| source.config(object, &of))
+                .collect()
+        });
+        if let Ok(wanted) = at_once.await {
+            return wanted;
+        }
+        let mut wanted = Wanted::new();
+        for object in global {
+            let name = name_of(&object);
+            let (source, of) = (self.clone(), Arc::clone(world));
+            let alone = within_deadline(move || source.config(&object, &of).1).await;
+            wanted.insert(name, alone.unwrap_or_default());
+        }
+        wanted
+    }
+
+    fn config(&self, object: &RateLimit, world: &World) -> (String, Option<RateLimitConfig>) {
+        let name = name_of(object);
+        if quarantine::holds(object, (self.clock)()) {
+            return (name, None);
+        }
+        let limit = valid::limit(object, world, &self.root, &self.programs).ok();
         let rules = object.status.as_ref().map(|status| status.rules.as_slice());
         let config = limit.map(|limit| services::config(&limit, rules.unwrap_or_default()));
-        (global::name(key), config)
-    });
-    configs.collect()
+        (name, config)
+    }
+}
+
+fn name_of(object: &RateLimit) -> String {
+    global::name(&Key::new(
+        object.namespace().unwrap_or_default(),
+        object.name_any(),
+    ))
 }
 
 /// One service's stream: what it has, what it should have, and what it does not want. A configuration that it refuses leaves it with all that it

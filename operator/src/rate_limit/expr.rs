@@ -5,13 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
-use cel::common::ast::{EntryExpr, Expr, IdedExpr};
 use cel::{Context, Program, Value};
 
-/// What expressions may name.
-const KNOWN: [&str; 3] = ["metrics", "replicas", "limit"];
-/// What `limit` has.
-const OF_LIMIT: [&str; 2] = ["requests", "effective"];
+use super::grammar::{self, Refused};
 
 /// A compiled expression.
 pub(super) struct Expression {
@@ -19,6 +15,8 @@ pub(super) struct Expression {
     program: Program,
     /// The metrics that it names.
     pub(super) metrics: BTreeSet<String>,
+    /// How many it is made of.
+    pub(super) parts: usize,
 }
 
 impl fmt::Debug for Expression {
@@ -43,17 +41,14 @@ pub(super) struct Inputs {
 ///
 /// # Errors
 /// Says what is wrong with it.
-pub(super) fn condition(
-    text: &str,
-    metrics: &BTreeMap<String, String>,
-) -> Result<Expression, String> {
+pub(super) fn condition(text: &str, metrics: &BTreeSet<String>) -> Result<Expression, Refused> {
     let expression = compile(text, metrics)?;
     match expression.tried()? {
         Value::Bool(_) => Ok(expression),
-        other => Err(format!(
-            "it must be true or false, as `metrics.p99 > 0.5`, and is {}",
-            kind(&other)
-        )),
+        other => {
+            let why = "it must be true or false, as `metrics.p99 > 0.5`, and is";
+            Err(format!("{why} {}", kind(&other)).into())
+        }
     }
 }
 
@@ -61,18 +56,24 @@ pub(super) fn condition(
 ///
 /// # Errors
 /// Says what is wrong with it.
-pub(super) fn number(text: &str, metrics: &BTreeMap<String, String>) -> Result<Expression, String> {
+pub(super) fn number(text: &str, metrics: &BTreeSet<String>) -> Result<Expression, Refused> {
     let expression = compile(text, metrics)?;
     match expression.tried()? {
         Value::Int(_) | Value::UInt(_) | Value::Float(_) => Ok(expression),
-        other => Err(format!(
-            "it must be a number, as `int(100.0 / metrics.p99)`, and is {}",
-            kind(&other)
-        )),
+        other => {
+            let why = "it must be a number, as `int(100.0 / metrics.p99)`, and is";
+            Err(format!("{why} {}", kind(&other)).into())
+        }
     }
 }
 
-fn compile(text: &str, metrics: &BTreeMap<String, String>) -> Result<Expression, String> {
+/// Whether a text is CEL that a RateLimit may have.
+pub(crate) fn is_within_bounds(text: &str) -> bool {
+    parse(text).is_ok()
+}
+
+fn parse(text: &str) -> Result<(Program, grammar::Found), Refused> {
+    grammar::check_text(text)?;
     // The parser panics on what it cannot read at all (antlr4rust), which must not be the end of us.
     let parsed = std::panic::catch_unwind(|| Program::compile(text));
     let program = match parsed {
@@ -80,75 +81,28 @@ fn compile(text: &str, metrics: &BTreeMap<String, String>) -> Result<Expression,
         Ok(Err(errors)) => {
             let said = errors.errors.iter().map(|error| error.msg.clone());
             let said: Vec<String> = said.take(2).collect();
-            return Err(format!("it is no CEL: {}", said.join("; ")));
+            return Err(format!("it is no CEL: {}", said.join("; ")).into());
         }
-        Err(_) => return Err("it is no CEL".to_owned()),
+        Err(_) => return Err("it is no CEL".to_owned().into()),
     };
-    let references = program.references();
-    for name in references.variables() {
-        if !KNOWN.contains(&name) {
-            return Err(format!(
-                "{name} is not known here: there are metrics.NAME, replicas, limit.requests and limit.effective"
-            ));
-        }
-    }
-    let mut named = BTreeSet::new();
-    fields_of("metrics", program.expression(), &mut named);
+    let found = grammar::check(program.expression())?;
+    Ok((program, found))
+}
+
+fn compile(text: &str, metrics: &BTreeSet<String>) -> Result<Expression, Refused> {
+    let (program, found) = parse(text)?;
+    let named: BTreeSet<String> = found.metrics.into_iter().collect();
     for name in &named {
-        if !metrics.contains_key(name) {
-            return Err(format!("metrics.{name} is not among spec.metrics"));
+        if !metrics.contains(name) {
+            return Err(format!("metrics.{name} is not among spec.metrics").into());
         }
-    }
-    let mut of_limit = BTreeSet::new();
-    fields_of("limit", program.expression(), &mut of_limit);
-    if let Some(name) = of_limit
-        .iter()
-        .find(|name| !OF_LIMIT.contains(&name.as_str()))
-    {
-        return Err(format!(
-            "limit.{name} is not known here: there are limit.requests and limit.effective"
-        ));
     }
     Ok(Expression {
         text: text.to_owned(),
         metrics: named,
+        parts: found.parts,
         program,
     })
-}
-
-/// The fields of a variable that an expression names, wherever.
-fn fields_of(variable: &str, expression: &IdedExpr, found: &mut BTreeSet<String>) {
-    let mut look = |part: &IdedExpr| fields_of(variable, part, found);
-    match &expression.expr {
-        Expr::Call(call) => {
-            call.target.iter().for_each(|target| look(target));
-            call.args.iter().for_each(look);
-        }
-        Expr::List(list) => list.elements.iter().for_each(look),
-        Expr::Map(map) => {
-            for entry in &map.entries {
-                if let EntryExpr::MapEntry(entry) = &entry.expr {
-                    look(&entry.key);
-                    look(&entry.value);
-                }
-            }
-        }
-        Expr::Comprehension(inner) => {
-            look(&inner.iter_range);
-            look(&inner.accu_init);
-            look(&inner.loop_cond);
-            look(&inner.loop_step);
-            look(&inner.result);
-        }
-        Expr::Select(select) => {
-            if matches!(&select.operand.expr, Expr::Ident(name) if name == variable) {
-                found.insert(select.field.clone());
-            } else {
-                look(&select.operand);
-            }
-        }
-        Expr::Unspecified | Expr::Ident(_) | Expr::Literal(_) | Expr::Struct(_) => {}
-    }
 }
 
 fn kind(value: &Value) -> String {
@@ -233,12 +187,8 @@ impl Expression {
 mod tests {
     use super::*;
 
-    fn metrics() -> BTreeMap<String, String> {
-        [
-            ("p99".to_owned(), "x".to_owned()),
-            ("cpu".to_owned(), "y".to_owned()),
-        ]
-        .into()
+    fn metrics() -> BTreeSet<String> {
+        ["p99".to_owned(), "cpu".to_owned()].into()
     }
 
     fn inputs(p99: f64) -> Inputs {
@@ -282,13 +232,133 @@ mod tests {
             ("limit.burst > 1", "limit.burst is not known here"),
             ("metrics.p99", "must be true or false"),
             ("metrics.p99 > 0.5 && replicas", "bool"),
+            ("has(replicas)", "has"),
         ] {
-            let why = condition(text, &metrics()).unwrap_err();
+            let why = condition(text, &metrics()).unwrap_err().why;
             assert!(why.contains(says), "{text}: {why}");
         }
-        let why = number("100 / metrics.p99", &metrics()).unwrap_err();
+        let why = number("100 / metrics.p99", &metrics()).unwrap_err().why;
         assert!(why.contains("1.0"), "{why}");
-        let why = number("'many'", &metrics()).unwrap_err();
+        let why = number("1 < 2", &metrics()).unwrap_err().why;
         assert!(why.contains("must be a number"), "{why}");
+    }
+
+    #[test]
+    fn nothing_that_repeats_or_grows_is_an_expression() {
+        for (text, says) in [
+            ("[1,2].map(x,x) == 1", "a loop"),
+            ("metrics.exists(replicas, replicas == 'p99')", "a loop"),
+            ("[1, 2] == [1, 2]", "a list"),
+            ("{1: 2} == {1: 2}", "a map"),
+            ("'a' + 'b' == 'ab'", "text"),
+            ("b'a' == b'a'", "text"),
+            ("null == null", "null"),
+            ("metrics['p99'] > 1.0", "[]"),
+            ("1 in [1]", "in is not allowed"),
+            ("metrics == metrics", "metrics without a field"),
+            ("limit.requests.size() > 1", "size()"),
+            ("'a'.matches('a')", "matches()"),
+            ("duration('1s') > duration('2s')", "duration()"),
+            ("replicas.x > 1", "the field x"),
+            ("google.protobuf.Int32Value{value: 1} == 1", "an object"),
+            (
+                "[true].all(a, [true].all(b, [true].all(c, a && b && c)))",
+                "a loop",
+            ),
+        ] {
+            let refused = condition(text, &metrics()).unwrap_err();
+            assert!(refused.why.contains(says), "{text}: {}", refused.why);
+            assert!(
+                refused.why.contains("there are numbers") && !refused.over,
+                "{text}: {}",
+                refused.why
+            );
+        }
+        let all = "has(metrics.p99) ? uint(1) > 0u : !(metrics.cpu / 2.0 >= double(-limit.requests % 7)) || true";
+        condition(all, &metrics()).unwrap();
+    }
+
+    #[test]
+    fn bounds_are_kept_at_them_and_above_them() {
+        // `replicas`, and an operator and a number each time.
+        let sum = |times: usize| format!("replicas + 1{}", " + 1".repeat(times - 1));
+        assert_eq!(number(&sum(31), &metrics()).unwrap().parts, 63);
+        assert_eq!(
+            number(&format!("-({})", sum(31)), &metrics())
+                .unwrap()
+                .parts,
+            64
+        );
+        let refused = number(&sum(32), &metrics()).unwrap_err();
+        assert!(
+            refused.over && refused.why.contains("it has 65 parts"),
+            "{}",
+            refused.why
+        );
+
+        let spaced = |bytes: usize| format!("1{}", " ".repeat(bytes - 1));
+        number(&spaced(grammar::LONGEST), &metrics()).unwrap();
+        let refused = number(&spaced(grammar::LONGEST + 1), &metrics()).unwrap_err();
+        assert!(
+            refused.over
+                && refused
+                    .why
+                    .contains("it has 1025 bytes, and 1024 is the most")
+        );
+
+        let nested = |deep: usize| format!("{}1{}", "(".repeat(deep), ")".repeat(deep));
+        number(&nested(grammar::DEEPEST), &metrics()).unwrap();
+        let refused = number(&nested(grammar::DEEPEST + 1), &metrics()).unwrap_err();
+        assert!(
+            refused.over && refused.why.contains("it has 17 brackets"),
+            "{}",
+            refused.why
+        );
+    }
+
+    #[test]
+    fn the_worst_texts_are_parsed_in_no_time_on_a_small_stack() {
+        let fill = |begins: &str, again: &str, ends: &str| {
+            let times = (grammar::LONGEST - begins.len() - ends.len()) / again.len();
+            format!("{begins}{}{ends}", again.repeat(times))
+        };
+        let deep = "((((((((((((((((";
+        let loops = "[1].map(a,".repeat(8) + "1" + &")".repeat(8);
+        let texts = [
+            fill("", "(", ""),
+            fill("", "-", "1"),
+            fill("", "- ", "1"),
+            fill("", "!", "true"),
+            fill("", "1?", ""),
+            fill("", "1?1:", "1"),
+            fill("1", "+1", ""),
+            fill("a", ".a", ""),
+            fill("a", "[1]", ""),
+            fill("1", "&&1", ""),
+            fill("1", "<1", ""),
+            fill(deep, "1+", ""),
+            fill(deep, "1?1:", "1))))))))))))))))"),
+            fill("", &format!("{deep}1))))))))))))))))+"), "1"),
+            fill("", "int(1)+", "1"),
+            fill("", &format!("{loops}+"), "1"),
+            fill("'", "a", ""),
+            fill("", "\u{1F600}", ""),
+        ];
+        let small = std::thread::Builder::new().stack_size(1 << 20);
+        let tried = small.spawn(move || {
+            let mut longest = std::time::Duration::ZERO;
+            for text in &texts {
+                let (begun, parsed) = (std::time::Instant::now(), number(text, &metrics()));
+                let took = begun.elapsed();
+                longest = longest.max(took);
+                let outcome =
+                    parsed.map_err(|refused| refused.why.chars().take(70).collect::<String>());
+                let start: String = text.chars().take(24).collect();
+                println!("{took:?} {start} {outcome:?}");
+            }
+            longest
+        });
+        let longest = tried.unwrap().join().unwrap();
+        assert!(longest < std::time::Duration::from_secs(3), "{longest:?}");
     }
 }

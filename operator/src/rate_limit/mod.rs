@@ -6,16 +6,20 @@ mod descriptor;
 pub mod discovery;
 mod expr;
 mod global;
+mod grammar;
 mod local;
 mod path;
 mod plan;
 #[cfg(test)]
 mod plan_tests;
+mod programs;
 mod proxies;
 mod readings;
 mod report;
 mod services;
 mod target;
+mod tenant;
+mod turns;
 mod valid;
 mod write;
 
@@ -29,15 +33,20 @@ use jiff::Timestamp;
 use kube::{Resource, ResourceExt};
 use tokio::sync::{mpsc, watch};
 
+pub(crate) use expr::is_within_bounds;
+pub use programs::Programs;
 pub use services::Ledger;
 pub(crate) use target::asks_the_service;
+pub use tenant::Policy as MetricsPolicy;
 
 use crate::apply::{RATE_LIMIT_LABEL, Writer};
+use crate::args::RateLimitMetrics;
 use crate::clock::Clock;
 use crate::fence::Settings;
 use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
 use crate::process::Pulse;
+use crate::process::evaluate::{self, TooLong};
 use crate::process::quarantine::{self, Object};
 use crate::recent::Recent;
 use crate::router::istiod::Istiods;
@@ -47,10 +56,10 @@ use crate::world::{Key, World, in_namespace};
 use adapt::{Decision, Known};
 use plan::InForce;
 use proxies::Proxies;
-use readings::Readings;
-use report::{Report, Standing};
+use readings::{Read, Readings};
+use report::{Report, Standing, Wrote};
 use target::Pods;
-use valid::Limit;
+use valid::{Invalid, Limit};
 use write::OnTheWay;
 
 /// How long a change waits for company.
@@ -70,6 +79,9 @@ pub struct Context {
     pub settings: Settings,
     pub istiods: Arc<Istiods>,
     pub prometheus: Option<Arc<Prometheus>>,
+    /// What RateLimits may ask it.
+    pub policy: MetricsPolicy,
+    pub programs: Arc<Programs>,
     pub metrics: Arc<Metrics>,
     /// The operator's own namespace, and this replica.
     pub operator: Key,
@@ -84,7 +96,13 @@ struct Memory {
     shared_by: Option<u32>,
     fewer_since: Option<Instant>,
     on_the_way: Option<OnTheWay>,
+    /// What every proxy had last, in short, which status may not show yet.
+    in_force: Option<String>,
+    /// When status was written last.
+    wrote: Option<Instant>,
     unready: bool,
+    /// The bound that its spec is over.
+    over: Option<&'static str>,
 }
 
 struct Limits {
@@ -100,11 +118,17 @@ pub async fn run(context: Arc<Context>, pulse: Pulse) {
     let (wake, woken) = mpsc::unbounded_channel();
     let limits = Limits {
         proxies: Proxies::new(Arc::clone(&context.istiods)),
-        readings: Readings::new(context.prometheus.clone()),
+        readings: Readings::new(
+            context.prometheus.clone(),
+            context.policy.clone(),
+            Arc::clone(&context.metrics),
+            wake.clone(),
+        ),
         recent: Recent::default(),
         memory: Mutex::default(),
         context: Arc::clone(&context),
     };
+    context.programs.retain(&context.world.borrow());
     let root = &context.settings.root_namespace;
     let world = context.world.clone();
     let of_change = |then: &World, now: &World| concerned(then, now, root);
@@ -122,7 +146,7 @@ pub async fn run(context: Arc<Context>, pulse: Pulse) {
 /// Whether a RateLimit makes sense.
 #[cfg(test)]
 pub(crate) fn check(object: &RateLimit, world: &World) -> Result<(), String> {
-    let limit = valid::limit(object, world, "istio-system");
+    let limit = valid::limit(object, world, "istio-system", &Programs::default());
     limit.map(drop).map_err(|invalid| invalid.to_string())
 }
 
@@ -175,12 +199,19 @@ impl Limits {
         if quarantine::holds(object.as_ref(), now) {
             return Next::In(RESYNC);
         }
-        let (report, next) =
-            match valid::limit(object, &world, &self.context.settings.root_namespace) {
-                Err(invalid) => (Report::invalid(&invalid), RESYNC),
-                Ok(limit) => self.keep(object, &limit, &world, now).await,
-            };
-        self.note(key, &report.standing);
+        let kept = match self.validate(object, &world).await {
+            Err(too_long) => Err(too_long),
+            Ok(Err(invalid)) => Ok((Report::invalid(&invalid), RESYNC, invalid.over)),
+            Ok(Ok(limit)) => self
+                .keep(object, &limit, &world, now)
+                .await
+                .map(|(report, next)| (report, next, None)),
+        };
+        let (report, next, over) = match kept {
+            Err(TooLong) => return self.quarantine(key, now).await,
+            Ok(kept) => kept,
+        };
+        self.note(key, &report, over);
         let namespace = &self.context.operator;
         let gone = |replica: &str| {
             // Replicas that are not pods, as on somebody's own machine, are nobody's to judge.
@@ -193,10 +224,47 @@ impl Limits {
                     .contains_key(&Key::new(&*namespace.namespace, replica))
         };
         services::sweep(object, &self.context.status, gone).await;
-        match report.write(object, &self.context.status, now).await {
-            Ok(()) => Next::In(next),
+        let wrote = self.lock().get(key).and_then(|of| of.wrote);
+        let wrote = wrote.map(|at| at.elapsed());
+        let written = report.write(object, &self.context.status, wrote, now).await;
+        match written {
+            Ok(Wrote::Nothing) => Next::In(next),
+            Ok(Wrote::Later(rest)) => Next::In(next.min(rest)),
+            Ok(Wrote::Status) => {
+                let wrote = Some(Instant::now());
+                self.lock().entry(key.clone()).or_default().wrote = wrote;
+                Next::In(next)
+            }
             Err(error) => {
                 tracing::warn!(rate_limit = %key, %error, "a status");
+                Next::In(RETRY)
+            }
+        }
+    }
+
+    /// What a RateLimit means, on a thread of its own: how long it takes is the tenants' to say.
+    async fn validate(
+        &self,
+        object: &Arc<RateLimit>,
+        world: &Arc<World>,
+    ) -> Result<Result<Arc<Limit>, Invalid>, TooLong> {
+        let (object, world) = (Arc::clone(object), Arc::clone(world));
+        let root = self.context.settings.root_namespace.clone();
+        let programs = Arc::clone(&self.context.programs);
+        evaluate::within_deadline(move || {
+            valid::limit(&object, &world, &root, &programs).map(Arc::new)
+        })
+        .await
+    }
+
+    /// Marks it; what is in effect stays.
+    async fn quarantine(&self, key: &Key, now: Timestamp) -> Next {
+        let object = Object::RateLimit(key.clone());
+        let status = &self.context.status;
+        match status.quarantine(&object, evaluate::DEADLINE, now).await {
+            Ok(()) => Next::In(RESYNC),
+            Err(error) => {
+                tracing::error!(%object, %error, "not quarantined");
                 Next::In(RETRY)
             }
         }
@@ -206,6 +274,7 @@ impl Limits {
     async fn retire(&self, key: &Key, world: &World) -> Next {
         self.lock().remove(key);
         self.readings.forget(key);
+        self.context.programs.forget(key);
         self.count();
         let object = Key::new(&*key.namespace, plan::name(&key.name));
         let Some(filter) = self
@@ -233,13 +302,13 @@ impl Limits {
     async fn keep(
         &self,
         object: &RateLimit,
-        limit: &Limit,
+        limit: &Arc<Limit>,
         world: &World,
         now: Timestamp,
-    ) -> (Report, Duration) {
+    ) -> Result<(Report, Duration), TooLong> {
         let pods = Pods::of(limit, world);
         let replicas = self.replicas(object, limit, pods.ready);
-        let decisions = self.decide(object, limit, pods.ready, now).await;
+        let decisions = self.decide(object, limit, pods.ready, now).await?;
         let rules: Vec<RuleStatus> = decisions
             .iter()
             .map(|decision| decision.status.clone())
@@ -289,6 +358,7 @@ impl Limits {
                 .rules
                 .iter()
                 .any(|rule| rule.when.is_some() || rule.adaptive.is_some()),
+            metrics_off: self.readings.policy().is_off() && limit.needs_metrics(),
             per: limit.rules.iter().map(|rule| rule.quota.per).collect(),
             limited,
             filters,
@@ -300,7 +370,8 @@ impl Limits {
             .lock()
             .get(&limit.key)
             .is_some_and(|of| of.fewer_since.is_some());
-        (report, if settles { next.min(ASK_RARELY) } else { next })
+        let next = if settles { next.min(ASK_RARELY) } else { next };
+        Ok((report, next))
     }
 
     /// By how many replicas the limit is divided.
@@ -325,13 +396,14 @@ impl Limits {
         shared_by
     }
 
+    /// What its rules do from now on, worked out on a thread of its own.
     async fn decide(
         &self,
         object: &RateLimit,
-        limit: &Limit,
+        limit: &Arc<Limit>,
         replicas: u32,
         now: Timestamp,
-    ) -> Vec<Decision> {
+    ) -> Result<Vec<Decision>, TooLong> {
         let every = limit
             .rules
             .iter()
@@ -339,31 +411,28 @@ impl Limits {
             .min()
             .unwrap_or(RESYNC);
         // Asked a little early rather than once too late.
-        let readings = self.readings.metrics(limit, every.mul_f64(0.9)).await;
-        let known = Known { readings, replicas };
-        let mut memory = self.lock();
-        let of = memory.entry(limit.key.clone()).or_default();
-        let said = object
-            .status
-            .as_ref()
-            .map(|status| status.rules.as_slice())
-            .unwrap_or_default();
-        let before = of.rules.as_deref().unwrap_or(said);
-        let decisions: Vec<Decision> = limit
-            .rules
-            .iter()
-            .map(|rule| {
+        let Read { readings, asking } = self.readings.metrics(limit, every.mul_f64(0.9));
+        let known = Known {
+            readings,
+            replicas,
+            asking,
+            hidden: self.readings.policy().metrics == RateLimitMetrics::Any,
+        };
+        let said = object.status.as_ref().map(|status| status.rules.clone());
+        let before = self.rules_of(limit).or(said).unwrap_or_default();
+        let of = Arc::clone(limit);
+        let decisions = evaluate::within_deadline(move || -> Vec<Decision> {
+            let decide = |rule: &valid::Rule| {
                 let old = before.iter().find(|status| status.name == rule.name);
                 adapt::decide(rule, old, &known, now)
-            })
-            .collect();
-        of.rules = Some(
-            decisions
-                .iter()
-                .map(|decision| decision.status.clone())
-                .collect(),
-        );
-        decisions
+            };
+            of.rules.iter().map(decide).collect()
+        })
+        .await?;
+        let statuses = decisions.iter().map(|decision| decision.status.clone());
+        let rules = Some(statuses.collect());
+        self.lock().entry(limit.key.clone()).or_default().rules = rules;
+        Ok(decisions)
     }
 
     /// How soon to look again at what is on its way.
@@ -378,16 +447,24 @@ impl Limits {
         }
     }
 
-    fn note(&self, key: &Key, standing: &Standing) {
+    fn note(&self, key: &Key, report: &Report, over: Option<&'static str>) {
         let mut memory = self.lock();
-        memory.entry(key.clone()).or_default().unready = !standing.is_well();
+        let of = memory.entry(key.clone()).or_default();
+        (of.unready, of.over) = (!report.standing.is_well(), over);
+        of.in_force = report.mark.clone().or_else(|| of.in_force.take());
         drop(memory);
         self.count();
     }
 
     fn count(&self) {
-        let unready = self.lock().values().filter(|of| of.unready).count();
+        let memory = self.lock();
+        let unready = memory.values().filter(|of| of.unready).count();
         let metrics = &self.context.metrics;
+        for bound in valid::BOUNDS {
+            let over = memory.values().filter(|of| of.over == Some(bound)).count();
+            metrics.is_over(bound, over);
+        }
+        drop(memory);
         let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         metrics.unready_limits.set(number(unready as u64));
         metrics.limited.set(number(self.readings.total()));

@@ -21,7 +21,7 @@ fn mesh() -> World {
 }
 
 fn parsed(object: &RateLimit) -> Limit {
-    valid::limit(object, &mesh(), "istio-system").unwrap()
+    valid::limit(object, &mesh(), "istio-system", &Default::default()).unwrap()
 }
 
 fn limit(spec: &str) -> (RateLimit, Limit) {

@@ -232,7 +232,7 @@ mod tests {
         );
         let mut object = RateLimit::new("limit", yaml(&spec));
         object.metadata.namespace = Some("shop".into());
-        valid::limit(&object, world, "istio-system").unwrap()
+        valid::limit(&object, world, "istio-system", &Default::default()).unwrap()
     }
 
     /// A proxy that was sent one push and acknowledged another, with an error and a version.

@@ -1,16 +1,24 @@
 //! What Prometheus says: the metrics of RateLimits, and how many requests were over a limit.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use tokio::sync::mpsc;
 
 use super::adapt::Reading;
 use super::plan::Filter;
+use super::tenant::{self, Policy};
+use super::turns::Turns;
 use super::valid::Limit;
+use crate::metrics::Metrics;
 use crate::observe::prometheus::Prometheus;
+use crate::process::evaluate::within_deadline;
 use crate::world::Key;
+
+/// The bound of questions, in metrics: how many wait for their turn.
+const BOUND: &str = "rate_limit_questions";
 
 /// How many questions at once.
 const SIDE_BY_SIDE: usize = 4;
@@ -18,9 +26,16 @@ const SIDE_BY_SIDE: usize = 4;
 const COUNT: Duration = Duration::from_secs(60);
 
 /// Asks Prometheus for RateLimits.
-#[derive(Default)]
-pub(super) struct Readings {
+#[derive(Clone)]
+pub(super) struct Readings(Arc<Inner>);
+
+struct Inner {
     prometheus: Option<Arc<Prometheus>>,
+    policy: Policy,
+    turns: Turns,
+    metrics: Arc<Metrics>,
+    /// Is told of each RateLimit that got an answer.
+    wake: mpsc::UnboundedSender<Key>,
     of: Mutex<HashMap<Key, OfLimit>>,
 }
 
@@ -29,6 +44,8 @@ pub(super) struct Readings {
 struct OfLimit {
     /// Queries, each with the last answer, when it was asked and when there last was a number.
     metrics: HashMap<String, Asked>,
+    /// The queries that are under way.
+    out: HashSet<String>,
     counted: Option<Instant>,
     counts: HashMap<String, u64>,
 }
@@ -41,98 +58,137 @@ struct Asked {
     missing_since: Option<Instant>,
 }
 
+/// What is known of a RateLimit's metrics.
+#[derive(Debug, Default)]
+pub(super) struct Read {
+    pub(super) readings: BTreeMap<String, Reading>,
+    /// Whether newer answers are awaited: whoever wants them is woken then.
+    pub(super) asking: bool,
+}
+
 impl Readings {
-    pub(super) fn new(prometheus: Option<Arc<Prometheus>>) -> Self {
-        Self {
+    pub(super) fn new(
+        prometheus: Option<Arc<Prometheus>>,
+        policy: Policy,
+        metrics: Arc<Metrics>,
+        wake: mpsc::UnboundedSender<Key>,
+    ) -> Self {
+        Self(Arc::new(Inner {
             prometheus,
-            ..Self::default()
-        }
+            policy,
+            metrics,
+            wake,
+            turns: Turns::default(),
+            of: Mutex::default(),
+        }))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Key, OfLimit>> {
-        self.of.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.of.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn forget(&self, key: &Key) {
         self.lock().remove(key);
     }
 
-    /// The metrics of a RateLimit, none older than `every`.
-    pub(super) async fn metrics(
-        &self,
-        limit: &Limit,
-        every: Duration,
-    ) -> BTreeMap<String, Reading> {
-        let due: Vec<String> = {
-            let mut all = self.lock();
-            let known = &mut all.entry(limit.key.clone()).or_default().metrics;
-            known.retain(|query, _| limit.metrics.values().any(|wanted| wanted == query));
-            let is_due = |query: &&String| {
-                known
-                    .get(*query)
-                    .is_none_or(|asked| asked.at.elapsed() >= every)
+    pub(super) fn policy(&self) -> &Policy {
+        &self.0.policy
+    }
+
+    /// The metrics of a RateLimit, as they are known. Those older than `every` are asked for anew, which nobody waits for.
+    pub(super) fn metrics(&self, limit: &Limit, every: Duration) -> Read {
+        if self.0.policy.is_off() {
+            let off = |name: &String| {
+                let value = Err(tenant::OFF.to_owned());
+                let missing_for = Duration::MAX;
+                (name.clone(), Reading { value, missing_for })
             };
-            limit.metrics.values().filter(is_due).cloned().collect()
-        };
-        let asked: Vec<(String, Result<f64, String>)> = futures::stream::iter(due)
-            .map(async |query| {
-                let value = self.number(&query).await;
-                (query, value)
-            })
-            .buffer_unordered(SIDE_BY_SIDE)
-            .collect()
-            .await;
+            let readings = limit.metrics.keys().map(off).collect();
+            let asking = false;
+            return Read { readings, asking };
+        }
         let mut all = self.lock();
-        let known = &mut all.entry(limit.key.clone()).or_default().metrics;
-        let now = Instant::now();
-        for (query, value) in asked {
-            let before = known.get(&query).and_then(|asked| asked.missing_since);
-            let missing_since = value.is_err().then(|| before.unwrap_or(now));
-            known.insert(
-                query,
-                Asked {
-                    at: now,
-                    value,
-                    missing_since,
-                },
-            );
+        let of = all.entry(limit.key.clone()).or_default();
+        of.metrics
+            .retain(|query, _| limit.metrics.values().any(|wanted| wanted == query));
+        for query in limit.metrics.values() {
+            let fresh = |asked: &Asked| asked.at.elapsed() < every;
+            if !of.metrics.get(query).is_some_and(fresh) && of.out.insert(query.clone()) {
+                let (readings, key, query) = (self.clone(), limit.key.clone(), query.clone());
+                tokio::spawn(async move { readings.ask(key, query).await });
+            }
         }
         let reading = |query: &String| {
-            let asked = known.get(query)?;
+            let asked = of.metrics.get(query)?;
+            let missing_for = asked.missing_since.map(|since| since.elapsed());
             Some(Reading {
                 value: asked.value.clone(),
-                missing_for: asked
-                    .missing_since
-                    .map(|since| since.elapsed())
-                    .unwrap_or_default(),
+                missing_for: missing_for.unwrap_or_default(),
             })
         };
         let readings = limit.metrics.iter();
-        readings
-            .filter_map(|(name, query)| Some((name.clone(), reading(query)?)))
-            .collect()
+        Read {
+            readings: readings
+                .filter_map(|(name, query)| Some((name.clone(), reading(query)?)))
+                .collect(),
+            asking: limit.metrics.values().any(|query| of.out.contains(query)),
+        }
     }
 
-    async fn number(&self, query: &str) -> Result<f64, String> {
-        let Some(prometheus) = &self.prometheus else {
+    /// Asks one question, when its turn comes, and tells whoever wants to know.
+    async fn ask(&self, key: Key, query: String) {
+        let turn = self.0.turns.wait(&key.namespace).await;
+        self.count_waiting();
+        let value = if self.lock().contains_key(&key) {
+            self.number(&query, &key.namespace).await
+        } else {
+            return;
+        };
+        drop(turn);
+        let mut all = self.lock();
+        let Some(of) = all.get_mut(&key) else {
+            return;
+        };
+        of.out.remove(&query);
+        let now = Instant::now();
+        let before = of.metrics.get(&query).and_then(|asked| asked.missing_since);
+        let missing_since = value.is_err().then(|| before.unwrap_or(now));
+        let asked = Asked {
+            at: now,
+            value,
+            missing_since,
+        };
+        of.metrics.insert(query, asked);
+        drop(all);
+        // Nobody works on it once this replica no longer leads.
+        let _ = self.0.wake.send(key);
+    }
+
+    fn count_waiting(&self) {
+        self.0.metrics.is_over(BOUND, self.0.turns.waiting());
+    }
+
+    async fn number(&self, query: &str, namespace: &str) -> Result<f64, String> {
+        let Some(prometheus) = &self.0.prometheus else {
             return Err("Fenceline runs without --prometheus-url".to_owned());
         };
-        let number = prometheus
-            .client()
-            .number(query)
+        let (policy, query, namespace) = (
+            self.0.policy.clone(),
+            query.to_owned(),
+            namespace.to_owned(),
+        );
+        let question = within_deadline(move || policy.question(&query, &namespace));
+        let question = question
             .await
-            .map_err(|error| crate::chain(&error))?;
-        match number {
-            None => Err("Prometheus has no such series".to_owned()),
-            Some(number) if number.is_finite() => Ok(number),
-            Some(number) => Err(format!("Prometheus says {number}")),
-        }
+            .map_err(|too_long| format!("reading the query {too_long}"))??;
+        let number = prometheus.client().single(&question).await;
+        number.map_err(|error| error.to_string())
     }
 
     /// About how many requests were over the limit of each filter in the last five minutes, counted once a minute; nothing is known
     /// of filters whose statistics Prometheus does not have.
     pub(super) async fn limited(&self, key: &Key, filters: &[Filter]) -> HashMap<String, u64> {
-        let Some(prometheus) = &self.prometheus else {
+        let Some(prometheus) = &self.0.prometheus else {
             return HashMap::new();
         };
         {

@@ -1,14 +1,15 @@
 //! What a RateLimit says of itself: when that is worth a write, and an event.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use fenceline_crds::{RateLimit, RateLimitStatus, RuleStatus};
+use fenceline_crds::{RateLimit, RateLimitStatus, RuleStatus, Share};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
 
 use super::plan::Filter;
+use super::tenant;
 use super::valid::Invalid;
 use crate::status::{Said, StatusWriter, set_conditions};
 use crate::world::Key;
@@ -47,6 +48,8 @@ pub(super) struct Report {
     pub(super) stale: Vec<String>,
     /// Whether any rule goes by metrics.
     pub(super) moves: bool,
+    /// Whether metrics are wanted that this installation asks nobody for.
+    pub(super) metrics_off: bool,
     /// The length of time of each rule's limit.
     pub(super) per: Vec<Duration>,
     /// Requests over the limit, by filter.
@@ -67,6 +70,7 @@ impl Report {
             replicas: None,
             stale: Vec::new(),
             moves: false,
+            metrics_off: false,
             per: Vec::new(),
             limited: HashMap::new(),
             filters: Vec::new(),
@@ -75,17 +79,22 @@ impl Report {
         }
     }
 
-    /// Writes status where it is worth it, and an event where people should know.
+    /// Writes status where it is worth it, and an event where people should know. Where only numbers moved, that waits until the last
+    /// write was [`REST`] ago.
     pub(super) async fn write(
         &self,
         object: &RateLimit,
         writer: &StatusWriter,
+        wrote: Option<Duration>,
         now: Timestamp,
-    ) -> kube::Result<()> {
+    ) -> kube::Result<Wrote> {
         let old = object.status.clone().unwrap_or_default();
         let status = self.status(object, &old, now);
         if status == old {
-            return Ok(());
+            return Ok(Wrote::Nothing);
+        }
+        if let Some(rest) = rest(object, &old, &status, wrote) {
+            return Ok(Wrote::Later(rest));
         }
         // What others wrote is theirs.
         let ours = RateLimitStatus {
@@ -98,7 +107,7 @@ impl Report {
                 .event(&object.object_ref(&()), warning, &reason, note)
                 .await;
         }
-        Ok(())
+        Ok(Wrote::Status)
     }
 
     fn status(&self, object: &RateLimit, old: &RateLimitStatus, now: Timestamp) -> RateLimitStatus {
@@ -208,6 +217,14 @@ impl Report {
     }
 
     fn metrics_stale(&self) -> Said {
+        if self.metrics_off {
+            return Said {
+                type_: "MetricsStale",
+                status: true,
+                reason: "MetricsOff",
+                message: format!("{}; what goes by metrics stays as it is", tenant::OFF),
+            };
+        }
         let stale = !self.stale.is_empty();
         Said {
             type_: "MetricsStale",
@@ -219,6 +236,52 @@ impl Report {
                 "every metric has a value, or had one lately".to_owned()
             },
         }
+    }
+}
+
+/// How long a status that differs in moving numbers alone waits after the last write.
+const REST: Duration = Duration::from_secs(30);
+
+/// What became of a status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wrote {
+    Nothing,
+    Status,
+    /// It is due in so long.
+    Later(Duration),
+}
+
+/// How long a status has to wait, that was written `wrote` ago last; nothing where it is due. The rate limit services go by the status of
+/// Global limits, so that these never wait.
+fn rest(
+    object: &RateLimit,
+    old: &RateLimitStatus,
+    new: &RateLimitStatus,
+    wrote: Option<Duration>,
+) -> Option<Duration> {
+    let left = REST.checked_sub(wrote?).filter(|left| !left.is_zero())?;
+    let may_wait = object.spec.share != Share::Global && still(old) == still(new);
+    may_wait.then_some(left)
+}
+
+/// A status without what moves.
+fn still(status: &RateLimitStatus) -> RateLimitStatus {
+    let rules = status.rules.iter().map(|rule| RuleStatus {
+        name: rule.name.clone(),
+        active: rule.active,
+        message: rule.message.clone(),
+        effective: 0,
+        since: None,
+        inputs: BTreeMap::new(),
+        limited: None,
+    });
+    RateLimitStatus {
+        rules: rules.collect(),
+        summary: None,
+        limited: None,
+        in_force: None,
+        replicas: None,
+        ..status.clone()
     }
 }
 
@@ -288,6 +351,51 @@ mod tests {
         assert_eq!(report.summary(), "a 50/1s, b off, c 1/1m, 1 more");
         assert_eq!(short(Duration::from_secs(7200)), "2h");
         assert_eq!(short(Duration::from_millis(1500)), "1500ms");
+    }
+
+    #[test]
+    fn numbers_that_move_are_written_once_in_a_while_and_all_else_at_once() {
+        let of = |effective, message: Option<&str>| RateLimitStatus {
+            rules: vec![RuleStatus {
+                name: "a".to_owned(),
+                effective,
+                message: message.map(str::to_owned),
+                ..RuleStatus::default()
+            }],
+            summary: Some(format!("a {effective}/1s")),
+            in_force: Some(effective.to_string()),
+            ..RateLimitStatus::default()
+        };
+        let mut object = RateLimit::default();
+        let ago = |seconds| Some(Duration::from_secs(seconds));
+        let (old, moved) = (of(1, None), of(2, None));
+        let left = rest(&object, &old, &moved, ago(10));
+        assert_eq!(left, Some(Duration::from_secs(20)));
+        assert_eq!(rest(&object, &old, &moved, ago(30)), None);
+        assert_eq!(
+            rest(&object, &old, &moved, None),
+            None,
+            "not since this replica leads"
+        );
+        assert_eq!(rest(&object, &old, &of(2, Some("x")), ago(1)), None);
+        object.spec.share = Share::Global;
+        assert_eq!(
+            rest(&object, &old, &moved, ago(1)),
+            None,
+            "services go by it"
+        );
+    }
+
+    #[test]
+    fn metrics_that_are_off_are_said_with_the_flag() {
+        let report = Report {
+            moves: true,
+            metrics_off: true,
+            ..Report::invalid(&Invalid::new("rules", "x"))
+        };
+        let said = report.metrics_stale();
+        assert!(said.status && said.reason == "MetricsOff");
+        assert!(said.message.contains("--rate-limit-metrics=none"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A RateLimit that makes sense: its spec, parsed once. What the API's own rules cannot see is found here, before anything is written.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::r#type::v3::StatusCode;
@@ -12,9 +13,20 @@ use kube::ResourceExt;
 use regex::escape;
 
 use super::descriptor::{self, Part};
-use super::expr::{self, Expression};
+use super::expr::Expression;
+use super::grammar::Refused;
+use super::programs::{Compiled, Programs};
 use crate::fence::select::Labels;
 use crate::world::{Key, World};
+
+/// The bound of expressions, in metrics.
+const EXPRESSION: &str = "expression";
+const GLOBAL_WINDOW: &str = "global_window";
+/// The bounds that a spec may be over.
+pub(super) const BOUNDS: [&str; 2] = [EXPRESSION, GLOBAL_WINDOW];
+/// The longest window of a Global limit that has a bucket for each value which clients can make up. All namespaces' buckets are in one
+/// Redis, which drops what ends soonest where it is full: long windows of one push out the short ones of others.
+const LONGEST_WINDOW: Duration = Duration::from_secs(3600);
 
 /// What is wrong, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,12 +34,23 @@ use crate::world::{Key, World};
 pub(super) struct Invalid {
     pub(super) field: String,
     why: String,
+    /// The bound that it is over, as in docs/bounds.md.
+    pub(super) over: Option<&'static str>,
 }
 
 impl Invalid {
     pub(super) fn new(field: impl Into<String>, why: impl Into<String>) -> Self {
         let (field, why) = (field.into(), why.into());
-        Self { field, why }
+        let over = None;
+        Self { field, why, over }
+    }
+
+    fn of_expression(field: &str, refused: &Refused) -> Self {
+        let over = refused.over.then_some(EXPRESSION);
+        Self {
+            over,
+            ..Self::new(field, &*refused.why)
+        }
     }
 
     /// The same, of a rule.
@@ -64,6 +87,17 @@ pub(super) struct Limit {
     pub(super) rules: Vec<Rule>,
 }
 
+impl Limit {
+    /// Whether any expression names a metric.
+    pub(super) fn needs_metrics(&self) -> bool {
+        self.rules.iter().any(|rule| {
+            let wanted = rule.adaptive.iter().map(|(_, wanted)| wanted);
+            let mut all = rule.when.iter().chain(wanted);
+            all.any(|expression| !expression.metrics.is_empty())
+        })
+    }
+}
+
 /// A rule that makes sense.
 #[derive(Debug)]
 pub(super) struct Rule {
@@ -72,8 +106,8 @@ pub(super) struct Rule {
     pub(super) max_buckets: u32,
     pub(super) quota: Rate,
     pub(super) ceiling: Option<Rate>,
-    pub(super) when: Option<Expression>,
-    pub(super) adaptive: Option<(Adaptive, Expression)>,
+    pub(super) when: Option<Arc<Expression>>,
+    pub(super) adaptive: Option<(Adaptive, Arc<Expression>)>,
     pub(super) every: Duration,
     pub(super) shadow: bool,
     pub(super) response: LimitResponse,
@@ -122,7 +156,13 @@ impl Rate {
 ///
 /// # Errors
 /// Names the first field that makes no sense.
-pub(super) fn limit(object: &RateLimit, world: &World, root: &str) -> Result<Limit, Invalid> {
+pub(super) fn limit(
+    object: &RateLimit,
+    world: &World,
+    root: &str,
+    programs: &Programs,
+) -> Result<Limit, Invalid> {
+    let compiled = programs.of(object);
     let key = Key::new(object.namespace().unwrap_or_default(), object.name_any());
     let RateLimitSpec {
         target,
@@ -148,7 +188,7 @@ pub(super) fn limit(object: &RateLimit, world: &World, root: &str) -> Result<Lim
         .map(|metric| (metric.name.clone(), metric.prometheus.query.clone()))
         .collect();
     let rules = rules.iter().enumerate().map(|(index, given)| {
-        rule(given, authority.as_deref(), *share, &metrics)
+        rule(given, authority.as_deref(), *share, &compiled)
             .map_err(|invalid| invalid.of_rule(index))
     });
     let rules = rules.collect::<Result<_, _>>()?;
@@ -217,11 +257,16 @@ fn authority(to: &str, namespace: &str, cluster_domain: &str) -> String {
     format!("(?i:{host}\\.?)(?::[0-9]+)?")
 }
 
+/// Whether clients can have as many buckets as they like.
+fn has_made_up_buckets(given: &LimitRule) -> bool {
+    given.by.iter().any(|by| by.principal.is_none())
+}
+
 fn rule(
     given: &LimitRule,
     authority: Option<&str>,
     share: Share,
-    metrics: &BTreeMap<String, String>,
+    compiled: &Compiled,
 ) -> Result<Rule, Invalid> {
     let quota = Rate::of(&given.limit, "limit")?;
     if share == Share::Global && super::global::unit(quota.per).is_none() {
@@ -231,17 +276,27 @@ fn rule(
         );
         return Err(Invalid::new("limit.per", why));
     }
+    if share == Share::Global && quota.per > LONGEST_WINDOW && has_made_up_buckets(given) {
+        let why = format!(
+            "{} is more than 1h, the longest window of a Global limit with a bucket for each header, query parameter or address, \
+             which clients can make up; leave `by` out, or give `by: [{{principal: {{}}}}]`",
+            given.limit.per
+        );
+        return Err(Invalid {
+            over: Some(GLOBAL_WINDOW),
+            ..Invalid::new("limit.per", why)
+        });
+    }
     let ceiling = given
         .ceiling
         .as_ref()
         .map(|quota| Rate::of(quota, "ceiling"))
         .transpose()?;
     let parts = descriptor::parts(given, authority)?;
-    let when = given
-        .when
-        .as_deref()
-        .map(|text| expr::condition(text, metrics));
-    let when = when.transpose().map_err(|why| Invalid::new("when", why))?;
+    let when = given.when.as_deref().map(|text| compiled.condition(text));
+    let when = when
+        .transpose()
+        .map_err(|refused| Invalid::of_expression("when", &refused))?;
     let adaptive = match &given.adaptive {
         None => None,
         Some(adaptive) => {
@@ -253,8 +308,9 @@ fn rule(
                 );
                 return Err(Invalid::new("limit.requests", why));
             }
-            let wanted = expr::number(&adaptive.requests, metrics)
-                .map_err(|why| Invalid::new("adaptive.requests", why))?;
+            let wanted = compiled
+                .number(&adaptive.requests)
+                .map_err(|refused| Invalid::of_expression("adaptive.requests", &refused))?;
             Some((adaptive.clone(), wanted))
         }
     };
@@ -295,6 +351,37 @@ fn rule(
 mod tests {
     use super::*;
     use regex::Regex;
+
+    #[test]
+    fn a_global_limit_with_made_up_buckets_has_windows_of_an_hour_at_most() {
+        let world = crate::testing::world();
+        let over = |share: &str, by: &str, per: &str| {
+            let spec = format!(
+                "{{target: {{selector: {{matchLabels: {{app: a}}}}}}, share: {share}, rules: [{{name: a, by: {by}, limit: {{requests: 5, per: {per}}}}}]}}"
+            );
+            let object = RateLimit::new("a", crate::testing::yaml(&spec));
+            limit(&object, &world, "istio-system", &Programs::default())
+                .err()
+                .map(|invalid| (invalid.to_string(), invalid.over))
+        };
+        let user = "[{header: x-user}]";
+        assert_eq!(over("Global", user, "1h"), None);
+        for by in [
+            user,
+            "[{principal: {}}, {query: q}]",
+            "[{remoteAddress: {}}]",
+        ] {
+            let (why, bound) = over("Global", by, "24h").unwrap();
+            assert_eq!(bound, Some(GLOBAL_WINDOW));
+            assert!(
+                why.starts_with("spec.rules[0].limit.per: 24h is more than 1h"),
+                "{why}"
+            );
+        }
+        assert_eq!(over("Global", "[{principal: {}}]", "168h"), None);
+        assert_eq!(over("Global", "[]", "168h"), None);
+        assert_eq!(over("PerReplica", user, "24h"), None);
+    }
 
     #[test]
     fn the_names_of_a_host() {

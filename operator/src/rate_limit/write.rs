@@ -126,7 +126,7 @@ impl Limits {
         let standing = match self.follow(limit, filters, world, &mark).await {
             Standing::Refused(why) => self.put_back(object, limit, stored.as_deref(), &why).await,
             Standing::InForce(seen) if limit.share == Share::Global => {
-                services::standing(object, limit, &self.rules_of(limit))
+                services::standing(object, limit, &self.rules_of(limit).unwrap_or_default())
                     .unwrap_or(Standing::InForce(seen))
             }
             other => other,
@@ -135,10 +135,10 @@ impl Limits {
         (standing, has.then_some(mark))
     }
 
-    fn rules_of(&self, limit: &Limit) -> Vec<RuleStatus> {
+    /// What was decided last of its rules, since this replica leads.
+    pub(super) fn rules_of(&self, limit: &Limit) -> Option<Vec<RuleStatus>> {
         let memory = self.lock();
-        let of = memory.get(&limit.key);
-        of.and_then(|of| of.rules.clone()).unwrap_or_default()
+        memory.get(&limit.key)?.rules.clone()
     }
 
     /// Whether what is stored was seen to be in force.
@@ -150,9 +150,11 @@ impl Limits {
         let mark = mark_of(&stored.spec);
         let memory = self.lock();
         let key = Key::new(object.namespace().unwrap_or_default(), object.name_any());
-        let on_the_way = memory.get(&key).and_then(|of| of.on_the_way.as_ref());
+        let of = memory.get(&key);
+        let on_the_way = of.and_then(|of| of.on_the_way.as_ref());
         let arrived = on_the_way.is_some_and(|it| it.mark == mark && it.everywhere.is_some());
-        arrived || said == Some(&*mark)
+        let seen = of.and_then(|of| of.in_force.as_deref());
+        arrived || seen.or(said) == Some(&*mark)
     }
 
     async fn write(

@@ -9,15 +9,14 @@ use fenceline_crds::istio::Sidecar;
 use fenceline_crds::{Change, Verify};
 use tokio::sync::watch;
 
-use super::istiod::{Istiods, Kind, ProxyState, Push, Wanted};
+use super::istiod::{Istiods, Kind, ProxyState, Wanted};
+use super::votes::{Skipped, Votes};
 use crate::fence::select::{matches, sidecars_in};
 use crate::world::{Key, PodFacts, Proxy, World};
 
 /// How often is asked, at first; then more and more rarely.
 const ASK: Duration = Duration::from_millis(50);
 const ASK_RARELY: Duration = Duration::from_secs(1);
-/// Once istiod has sent a step, proxies that it sends nothing for so long are not concerned by it.
-const UNCONCERNED: Duration = Duration::from_secs(10);
 /// How long an istiod may take until it can be asked at all.
 const REACHABLE: Duration = Duration::from_secs(5);
 /// Proxies take what istiod has sent within moments; where they are not asked, so long is allowed.
@@ -27,6 +26,8 @@ const TAKEN_IN: Duration = Duration::from_secs(1);
 const BETWEEN: Duration = Duration::from_secs(30);
 /// How many proxies a message names.
 const NAMED: usize = 5;
+/// How often those that were skipped are looked at again: each look is an answer of istiod's for all of its proxies.
+const SKIPPED_AGAIN: Duration = Duration::from_secs(30);
 
 /// What is waited for.
 #[derive(Clone, Debug)]
@@ -37,11 +38,14 @@ pub struct Expectation {
     pub wanted: Vec<Wanted>,
     /// Namespaces whose proxies do not get it, since somebody's rule hides it from them there.
     pub hidden: BTreeSet<String>,
+    /// Namespaces without whose proxies a step has not arrived: the service's own, those that the Router names as callers, and the operator's.
+    /// The global proxy is of the last, has everything in scope, and so refuses what any Envoy would.
+    pub owners: BTreeSet<String>,
 }
 
 impl Expectation {
     /// What proxies must have acknowledged.
-    fn kinds(&self) -> BTreeSet<Kind> {
+    pub(super) fn kinds(&self) -> BTreeSet<Kind> {
         let kinds = self.wanted.iter().map(|wanted| wanted.kind);
         kinds
             // A new cluster takes no requests until it has its endpoints.
@@ -65,6 +69,8 @@ pub enum Known {
     Sent,
     /// Nobody could be asked.
     Unknown(String),
+    /// Everywhere but at these, which is never forgotten over something else: what they lead to stays.
+    But(Skipped),
 }
 
 impl Known {
@@ -78,6 +84,7 @@ impl Known {
         match self {
             Self::Nothing => "it is written; it has no new cluster and no route by which proxies would be seen to have it".to_owned(),
             Self::AsSaid | Self::Everywhere => "every proxy has it".to_owned(),
+            Self::But(skipped) => skipped.say(),
             Self::Sent => "every istiod has sent it; proxies were not asked, as spec.change.verify is ControlPlane".to_owned(),
             Self::Unknown(why) => format!("it is not known whether proxies have it: {why}"),
         }
@@ -117,8 +124,8 @@ pub async fn until_arrived(
         let look = follow.look(istiods, &now, expectation, change).await;
         match look {
             Look::Arrived(known) => {
-                for subscriber in istiods.subscribers(&now).values() {
-                    subscriber.forget(&expectation.wanted);
+                if !matches!(known, Known::But(_)) {
+                    forget(istiods, &now, expectation);
                 }
                 return Outcome::Arrived(known);
             }
@@ -132,6 +139,58 @@ pub async fn until_arrived(
             pause = (pause * 2).min(ASK_RARELY);
         }
     }
+}
+
+fn forget(istiods: &Istiods, world: &World, expectation: &Expectation) {
+    for subscriber in istiods.subscribers(world).values() {
+        subscriber.forget(&expectation.wanted);
+    }
+}
+
+/// Waits until fewer of those that were skipped are behind; gives the others.
+pub async fn until_fewer(
+    istiods: &Istiods,
+    world: &watch::Receiver<Arc<World>>,
+    expectation: &Expectation,
+    skipped: Skipped,
+) -> Known {
+    loop {
+        tokio::time::sleep(SKIPPED_AGAIN).await;
+        let now = Arc::clone(&world.borrow());
+        let Some(still) = still_skipped(istiods, &now, expectation, &skipped).await else {
+            continue;
+        };
+        if still.is_empty() {
+            forget(istiods, &now, expectation);
+            return Known::Everywhere;
+        }
+        if still != skipped {
+            return Known::But(still);
+        }
+    }
+}
+
+/// Those of the skipped that still do not have it; nothing where an istiod does not say.
+async fn still_skipped(
+    istiods: &Istiods,
+    world: &World,
+    expectation: &Expectation,
+    skipped: &Skipped,
+) -> Option<Skipped> {
+    let subscribers = istiods.subscribers(world);
+    let mut votes = Votes::default();
+    if subscribers.is_empty() {
+        return None;
+    }
+    for (address, subscriber) in subscribers {
+        subscriber.expect(&expectation.wanted);
+        let push = subscriber.since(&expectation.wanted)?;
+        let proxies = istiods.proxies(address).await.ok()?;
+        let root = &istiods.access().istio_namespace;
+        let concerned = concerned(world, root, &proxies, expectation);
+        votes.take(&concerned, expectation, push, Duration::MAX, Duration::ZERO);
+    }
+    Some(votes.skipped().only(skipped))
 }
 
 enum Look {
@@ -173,6 +232,7 @@ impl Follow {
         let mut connected = HashSet::new();
         let mut known = Known::Everywhere;
         let mut all_answer = true;
+        let mut votes = Votes::default();
         let root = &istiods.access().istio_namespace;
         for (address, subscriber) in subscribers {
             subscriber.expect(&expectation.wanted);
@@ -215,17 +275,27 @@ impl Follow {
                 Ok(proxies) => {
                     connected.extend(proxies.iter().filter_map(ProxyState::pod));
                     let concerned = concerned(world, root, &proxies, expectation);
-                    match judge(&concerned, expectation, push, sent) {
-                        Look::Arrived(_) => {}
-                        Look::Waits(why) => waits.push(why),
-                        refused @ Look::Refused(_) => return refused,
-                    }
+                    votes.take(
+                        &concerned,
+                        expectation,
+                        push,
+                        sent.elapsed(),
+                        change.others(),
+                    );
                 }
             }
         }
+        if let Some(why) = votes.refused() {
+            return Look::Refused(why);
+        }
+        waits.extend(votes.waits());
         let asked = change.verify == Verify::Proxies && all_answer && waits.is_empty();
         if asked && self.started.elapsed() < BETWEEN {
-            let between = between(world, root, &connected, expectation);
+            let mut between = between(world, root, &connected, expectation);
+            if self.started.elapsed() >= change.others() {
+                between.retain(|pod| expectation.owners.contains(&pod.namespace));
+            }
+            let between: Vec<String> = between.iter().map(Key::to_string).collect();
             if !between.is_empty() {
                 waits.push(format!(
                     "{} proxies are connected to no istiod: {}",
@@ -235,6 +305,10 @@ impl Follow {
             }
         }
         if waits.is_empty() {
+            let skipped = votes.skipped();
+            if !skipped.is_empty() {
+                known = known.max(Known::But(skipped));
+            }
             Look::Arrived(known)
         } else {
             Look::Waits(waits.join("; "))
@@ -249,47 +323,6 @@ impl Follow {
             Look::Waits(format!("{why}; {delay:?} are waited"))
         }
     }
-}
-
-fn judge(concerned: &[&ProxyState], expectation: &Expectation, push: Push, sent: Instant) -> Look {
-    let kinds = expectation.kinds();
-    let mut refused = Vec::new();
-    let mut waiting = Vec::new();
-    for proxy in concerned {
-        for kind in &kinds {
-            if let Some(why) = proxy.refused(*kind)
-                && proxy.sent(*kind) >= Some(push)
-            {
-                refused.push(format!("{}: {why}", proxy.id));
-                continue;
-            }
-            let acknowledged = proxy.acknowledged(*kind);
-            let has = acknowledged >= Some(push);
-            // istiod sends a proxy nothing where nothing changes for it.
-            let idle = acknowledged.is_some() || !proxy.takes(*kind);
-            let unconcerned = idle && sent.elapsed() > UNCONCERNED;
-            if !has && !unconcerned {
-                waiting.push(proxy.id.clone());
-                break;
-            }
-        }
-    }
-    if !refused.is_empty() {
-        return Look::Refused(format!(
-            "{} proxies refused it: {}",
-            refused.len(),
-            few(&refused)
-        ));
-    }
-    if waiting.is_empty() {
-        return Look::Arrived(Known::Everywhere);
-    }
-    Look::Waits(format!(
-        "{} of {} proxies have not got it: {}",
-        waiting.len(),
-        concerned.len(),
-        few(&waiting)
-    ))
 }
 
 /// The proxies that have the host in scope.
@@ -320,7 +353,7 @@ fn between(
     root: &str,
     connected: &HashSet<Key>,
     expectation: &Expectation,
-) -> Vec<String> {
+) -> Vec<Key> {
     let pods = world.pods.iter().filter(|(key, pod)| {
         pod.runs
             && pod.ready
@@ -328,7 +361,7 @@ fn between(
             && !connected.contains(*key)
             && has_in_scope(world, root, key, pod, expectation)
     });
-    pods.map(|(key, _)| key.to_string()).collect()
+    pods.map(|(key, _)| key.clone()).collect()
 }
 
 fn has_in_scope(
@@ -349,7 +382,7 @@ fn has_in_scope(
 }
 
 /// The first of many names.
-fn few(names: &[String]) -> String {
+pub(super) fn few(names: &[String]) -> String {
     names[..names.len().min(NAMED)].join(", ")
 }
 
@@ -449,10 +482,12 @@ mod tests {
             fqdn: "vault.bank.svc.cluster.local".into(),
             wanted: Vec::new(),
             hidden: BTreeSet::new(),
+            owners: BTreeSet::new(),
         };
         let absent = |connected: &[&str], mesh: &World| {
             let connected = connected.iter().map(|name| Key::new("shop", *name));
-            between(mesh, "istio-system", &connected.collect(), &vault)
+            let absent = between(mesh, "istio-system", &connected.collect(), &vault);
+            absent.iter().map(Key::to_string).collect::<Vec<_>>()
         };
         assert_eq!(
             absent(&[], &mesh),

@@ -71,5 +71,6 @@ fn expectation(gathered: &Gathered<'_>, wanted: Vec<Wanted>) -> Expectation {
         fqdn: gathered.fqdn.clone(),
         wanted,
         hidden: gathered.others.hidden.clone(),
+        owners: gathered.owners.clone(),
     }
 }

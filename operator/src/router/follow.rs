@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use fenceline_crds::Change;
 use tokio::sync::{mpsc, watch};
 
-use super::arrival::{Expectation, Known, Outcome, until_arrived};
+use super::arrival::{Expectation, Known, Outcome, until_arrived, until_fewer};
 use super::istiod::Istiods;
+use super::votes::Skipped;
 use crate::world::{Key, World};
 
 /// Longer than any request may take to end.
@@ -43,14 +44,22 @@ impl Followed {
         let (say, says) = watch::channel(String::new());
         let task = tokio::spawn(async move {
             let service = expectation.service.clone();
-            let outcome = if expectation.wanted.is_empty() {
+            let mut outcome = if expectation.wanted.is_empty() {
                 Outcome::Arrived(Known::Nothing)
             } else {
                 until_arrived(&istiods, &world, &expectation, &change, &say).await
             };
-            ended.send_replace(Some((outcome, Instant::now())));
-            // Nobody listens once this replica no longer leads.
-            let _ = wake.send(service);
+            let at = Instant::now();
+            loop {
+                ended.send_replace(Some((outcome.clone(), at)));
+                // Nobody listens once this replica no longer leads.
+                let _ = wake.send(service.clone());
+                let Outcome::Arrived(Known::But(skipped)) = outcome else {
+                    return;
+                };
+                let known = until_fewer(&istiods, &world, &expectation, skipped).await;
+                outcome = Outcome::Arrived(known);
+            }
         });
         Self {
             content,
@@ -78,6 +87,14 @@ impl Followed {
     /// How it ended, and when.
     pub(super) fn outcome(&self) -> Option<(Outcome, Instant)> {
         self.outcome.borrow().clone()
+    }
+
+    /// The proxies that do not have it and were not waited for.
+    pub(super) fn skipped(&self) -> Skipped {
+        match self.outcome() {
+            Some((Outcome::Arrived(Known::But(skipped)), _)) => skipped,
+            _ => Skipped::default(),
+        }
     }
 
     /// What it waits for.

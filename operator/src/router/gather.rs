@@ -1,5 +1,6 @@
 //! Finding out all there is about a service.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use fenceline_crds::Router;
@@ -23,6 +24,8 @@ pub(super) struct Gathered<'a> {
     pub(super) objects: Objects,
     /// What other people wrote for it.
     pub(super) others: Others,
+    /// Namespaces whose proxies a change waits for.
+    pub(super) owners: BTreeSet<String>,
 }
 
 /// Namespaces that mean something to everybody.
@@ -84,7 +87,10 @@ pub(super) fn gather<'a>(
             .and_then(|ours| ours.creation_timestamp())
             .map(|time| time.0),
     };
+    let own = [service.namespace.as_str(), namespaces.view];
+    let named = owner.callers.iter().map(String::as_str);
     Gathered {
+        owners: own.into_iter().chain(named).map(str::to_owned).collect(),
         others: Others::of(owner, world, namespaces),
         service,
         fqdn,

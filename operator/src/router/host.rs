@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fenceline_crds::istio::{DestinationRule, VirtualService};
+use fenceline_crds::istio::{DestinationRule, DestinationRuleSpec, VirtualService};
 use fenceline_crds::{Change, Router};
 use jiff::Timestamp;
 use kube::ResourceExt;
@@ -23,7 +23,7 @@ use super::write::{self, Made, Objects};
 use super::{Context, RESYNC, RETRY, blame, said};
 use crate::apply;
 use crate::fence::Settings;
-use crate::fence::select::Labels;
+use crate::fence::select::{Labels, matches, pods_in};
 use crate::note::Note;
 use crate::patch::bound::BOUNDS;
 use crate::process::evaluate::{self, TooLong};
@@ -33,6 +33,9 @@ use crate::world::{Key, World};
 
 /// What was written is looked at again once the watch shows it, which is soon.
 const SHOWN: Duration = Duration::from_millis(20);
+
+/// The bound by which proxies of other namespaces are skipped, as metrics name it.
+const SKIPPED: &str = "skipped_proxies";
 
 /// What is on its way, of each service.
 pub(super) struct Hosts {
@@ -190,11 +193,40 @@ impl Hosts {
         )
     }
 
+    /// The rule that is wanted, with the subsets that proxies may still use which were skipped and so have former routes.
+    fn with_subsets_of_skipped(
+        &self,
+        gathered: &Gathered<'_>,
+        target: &Target,
+        stored: Option<&DestinationRuleSpec>,
+        world: &World,
+    ) -> Option<DestinationRuleSpec> {
+        let wanted = target.rule.as_ref();
+        let followed = self.lock();
+        let routes = followed.get(gathered.service);
+        let routes = routes.and_then(|of| of.routes.as_ref());
+        if routes.is_none_or(|routes| routes.skipped().is_empty()) {
+            return wanted.cloned();
+        }
+        drop(followed);
+        let has_pods = |labels: &Labels| {
+            let mut pods = pods_in(world, &gathered.service.namespace);
+            pods.any(|pod| matches(labels, &pod.labels))
+        };
+        order::keeping(wanted, stored, &has_pods)
+    }
+
     fn note_over(&self, service: &Key, target: &Target) {
         let mut followed = self.lock();
         let of_service = followed.entry(service.clone()).or_default();
-        if of_service.over != target.patches.over {
-            of_service.over.clone_from(&target.patches.over);
+        let mut over = target.patches.over.clone();
+        let both = [&of_service.rule, &of_service.routes].into_iter().flatten();
+        let skipped = both.map(|followed| followed.skipped().len()).max();
+        if let Some(skipped) = skipped.filter(|skipped| *skipped > 0) {
+            over.insert(SKIPPED, skipped);
+        }
+        if of_service.over != over {
+            of_service.over = over;
             drop(followed);
             self.show_over();
         }
@@ -203,7 +235,7 @@ impl Hosts {
     /// Shows how many patches are left out, of all services.
     fn show_over(&self) {
         let followed = self.lock();
-        for bound in BOUNDS {
+        for bound in BOUNDS.into_iter().chain([SKIPPED]) {
             let over = followed.values().filter_map(|of| of.over.get(bound));
             self.context.metrics.is_over(bound, over.sum());
         }
@@ -291,16 +323,13 @@ impl Hosts {
             }
         }
         let arrived = self.arrived(gathered.service, &change);
+        let stored_rule = spec_of::<DestinationRule>(gathered);
+        let goal = self.with_subsets_of_skipped(gathered, target, stored_rule, world);
         let stored = Stored {
             rule: spec_of::<DestinationRule>(gathered),
             routes: spec_of::<VirtualService>(gathered),
         };
-        match order::next(
-            stored,
-            target.rule.as_ref(),
-            target.routes.as_ref(),
-            arrived,
-        ) {
+        match order::next(stored, goal.as_ref(), target.routes.as_ref(), arrived) {
             Step::Done => Standing::Stable(self.known(gathered.service)),
             Step::Wait(stage) => {
                 Standing::Changing(stage, self.says(gathered.service, stage, &change))

@@ -17,6 +17,7 @@ mod plan_tests;
 mod report;
 mod said;
 mod view;
+mod votes;
 mod write;
 
 use std::collections::BTreeSet;

@@ -4,7 +4,7 @@
 //! already; and it takes clusters away before the routes that lead to them. So subsets come first and go last, and between
 //! the steps every proxy is waited for. Each step is worked out from what is stored, so that any leader goes on with it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use fenceline_crds::istio::{DestinationRuleSpec, Subset, VirtualServiceSpec};
 use serde_json::Value;
@@ -130,6 +130,19 @@ fn with_subsets_of(
     whole.subsets.extend(missing);
     whole.subsets.sort_by(|a, b| a.name.cmp(&b.name));
     Some(whole)
+}
+
+/// The rule that is wanted, with those subsets of the stored one that have pods: somebody may still have routes to them. Where none is wanted,
+/// none is kept, as whoever takes a Router away may make a DestinationRule of their own.
+pub fn keeping(
+    wanted: Option<&DestinationRuleSpec>,
+    stored: Option<&DestinationRuleSpec>,
+    has_pods: &dyn Fn(&BTreeMap<String, String>) -> bool,
+) -> Option<DestinationRuleSpec> {
+    let wanted = wanted?;
+    let mut kept = stored.cloned().unwrap_or_default();
+    kept.subsets.retain(|subset| has_pods(&subset.labels));
+    with_subsets_of(Some(wanted), Some(&kept))
 }
 
 /// The subsets of a rule.
@@ -308,6 +321,39 @@ mod tests {
             {"route": to("main--v1")},
         ]);
         assert_eq!(of("tcp", tcp), set(&["mark-1"]));
+    }
+
+    /// Who was skipped may still have routes to what nobody wants any more.
+    #[test]
+    fn what_skipped_proxies_lead_to_stays_while_it_has_pods() {
+        let mut stored = rule(&set(&["v1", "v2", "v3"]));
+        for subset in &mut stored.subsets {
+            subset.labels = [("version".to_owned(), subset.name.clone())].into();
+        }
+        let wanted = rule(&set(&["v3"]));
+        let has_pods = |labels: &BTreeMap<String, String>| labels["version"] != "v1";
+        let kept = keeping(Some(&wanted), Some(&stored), &has_pods).unwrap();
+        assert_eq!(names(&kept).collect::<Vec<_>>(), ["v2", "v3"]);
+        assert_eq!(keeping(None, Some(&stored), &has_pods), None);
+        let by = routes(&set(&["v3"]));
+        let done = Arrived {
+            rule: true,
+            routes: true,
+            drained: true,
+        };
+        let stored = |rule| Stored {
+            rule: Some(rule),
+            routes: Some(&by),
+        };
+        assert_eq!(
+            next(stored(&kept), Some(&kept), Some(&by), done),
+            Step::Done
+        );
+        assert_eq!(
+            next(stored(&kept), Some(&wanted), Some(&by), done),
+            Step::Rule(Stage::RemovingSubsets, Some(wanted.clone())),
+            "once they have it"
+        );
     }
 
     #[test]

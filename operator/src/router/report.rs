@@ -197,7 +197,9 @@ impl Report<'_> {
     }
 
     fn in_force(&self) -> Option<String> {
-        let stable = matches!(self.standing, Standing::Stable(_));
+        // Whoever leads next finds out anew who was skipped.
+        let stable =
+            matches!(self.standing, Standing::Stable(known) if !matches!(known, Known::But(_)));
         stable.then(|| self.gathered.objects.mark())
     }
 }

@@ -5,14 +5,17 @@ use std::collections::{BTreeSet, HashMap};
 use fenceline_crds::ServiceFence;
 
 use super::{Key, World};
+use crate::fence::alias::can_make;
 use crate::observe::resolve::full_names;
 
 /// Fences by the hosts that they name.
 #[derive(Debug, Default)]
 pub(super) struct Dependents {
     by_host: HashMap<String, BTreeSet<Key>>,
-    /// Those that find hosts by labels or patterns, so that any host may be theirs.
+    /// Those that find hosts by labels, so that any host may be theirs.
     finders: BTreeSet<Key>,
+    /// Those that bring hosts by aliases, by the templates of these. All fences of a policy share theirs.
+    by_template: HashMap<String, BTreeSet<Key>>,
 }
 
 impl Dependents {
@@ -28,18 +31,8 @@ impl Dependents {
             fence.map_or_else(BTreeSet::new, |fence| names(key, fence, world))
         };
         let (before, after) = (named(old), named(new));
-        for host in before.difference(&after) {
-            if let Some(fences) = self.by_host.get_mut(host) {
-                fences.remove(key);
-                if fences.is_empty() {
-                    self.by_host.remove(host);
-                }
-            }
-        }
-        for host in after.difference(&before) {
-            let fences = self.by_host.entry(host.clone()).or_default();
-            fences.insert(key.clone());
-        }
+        moved(&mut self.by_host, key, &before, &after);
+        moved(&mut self.by_template, key, &templates(old), &templates(new));
         if new.is_some_and(finds) {
             self.finders.insert(key.clone());
         } else {
@@ -52,6 +45,24 @@ impl Dependents {
         self.by_host.get(fqdn).into_iter().flatten()
     }
 
+    /// The fences of which an alias may bring a Service. No pattern is looked at: this is everybody's thread.
+    pub(super) fn brings<'a>(
+        &'a self,
+        service: &'a Key,
+        world: &'a World,
+    ) -> impl Iterator<Item = &'a Key> {
+        let fqdn = world.fqdn(service);
+        let short = format!("{}.{}", service.name, service.namespace);
+        let forms = [fqdn, format!("{short}.svc"), short];
+        self.by_template.iter().flat_map(move |(template, fences)| {
+            let by_any = forms.iter().any(|form| makes(template, form));
+            let by_own = makes(template, &service.name);
+            fences
+                .iter()
+                .filter(move |fence| by_any || (by_own && fence.namespace == service.namespace))
+        })
+    }
+
     pub(super) fn finders(&self) -> impl Iterator<Item = &Key> {
         self.finders.iter()
     }
@@ -59,8 +70,50 @@ impl Dependents {
 
 fn finds(fence: &ServiceFence) -> bool {
     let mut dependencies = fence.spec.dependencies.iter();
-    let by_labels = dependencies.any(|dependency| dependency.services.is_some());
-    by_labels || !fence.spec.aliases.is_empty()
+    dependencies.any(|dependency| dependency.services.is_some())
+}
+
+/// The templates of a fence's aliases, as names are compared.
+fn templates(fence: Option<&ServiceFence>) -> BTreeSet<String> {
+    let aliases = fence.into_iter().flat_map(|fence| &fence.spec.aliases);
+    aliases.flat_map(|alias| alias.hosts.clone()).collect()
+}
+
+/// Whether a template may make a name of a Service, or that of a pod of its: then the name's first label is dropped.
+fn makes(template: &str, name: &str) -> bool {
+    let template = template.trim_end_matches('.');
+    let of_a_pod = template.split_once('.').map(|(first, rest)| {
+        // What a group stands for may have dots.
+        if first.contains('$') {
+            format!("${{0}}{rest}")
+        } else {
+            rest.to_owned()
+        }
+    });
+    // Letters of literals are compared as DNS does; a group stands for what is in lower case already.
+    let makes =
+        |template: &str| can_make(template, name) || can_make(&template.to_ascii_lowercase(), name);
+    makes(template) || of_a_pod.is_some_and(|template| makes(&template))
+}
+
+/// Moves a fence in an index; nothing is kept without a fence.
+fn moved(
+    index: &mut HashMap<String, BTreeSet<Key>>,
+    key: &Key,
+    before: &BTreeSet<String>,
+    after: &BTreeSet<String>,
+) {
+    for name in before.difference(after) {
+        if let Some(fences) = index.get_mut(name) {
+            fences.remove(key);
+            if fences.is_empty() {
+                index.remove(name);
+            }
+        }
+    }
+    for name in after.difference(before) {
+        index.entry(name.clone()).or_default().insert(key.clone());
+    }
 }
 
 /// Every full name that what a fence says could mean.
@@ -109,8 +162,33 @@ mod tests {
         dependents.change(&key, Some(&declares), Some(&finds), &mesh);
         assert_eq!(found(&dependents, "web.shop.svc.cluster.local"), 0);
         assert_eq!(dependents.finders().count(), 1);
-        dependents.change(&key, Some(&finds), None, &mesh);
+        let brings = fence(
+            "shop",
+            "cart",
+            "{aliases: [{pattern: '(?P<svc>[^.]+).*', hosts: ['$svc-cache', 'db-0.$svc.Data', '${svc}x.bank.svc']}]}",
+        );
+        dependents.change(&key, Some(&finds), Some(&brings), &mesh);
         assert_eq!(dependents.finders().count(), 0);
+        for (namespace, name, want) in [
+            ("shop", "web-cache", 1),
+            // What stands before the dot may be a pod's name.
+            ("bank", "web-cache", 1),
+            ("shop", "web", 0),
+            ("data", "orders", 1),
+            ("bank", "webx", 1),
+            ("bank", "web", 1),
+            ("data", "web", 1),
+            ("other", "web", 0),
+        ] {
+            let service = Key::new(namespace, name);
+            assert_eq!(
+                dependents.brings(&service, &mesh).count(),
+                want,
+                "{service}"
+            );
+        }
+        dependents.change(&key, Some(&brings), None, &mesh);
+        assert!(dependents.by_template.is_empty());
         assert!(dependents.by_host.is_empty());
     }
 }

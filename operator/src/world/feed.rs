@@ -147,13 +147,18 @@ pub fn start(
         Change::RateLimit(key, object.map(Box::new))
     });
     let namespace = global_proxy.namespace.clone();
-    watches.watch(&all, move |key, object: Option<AuthorizationPolicy>| {
+    let operator = settings.operator.namespace.clone();
+    watches.watch_all(&all, move |key, object: Read<AuthorizationPolicy>| {
         // Those that we write follow from the others.
         match object {
-            Some(object) if key.namespace == namespace && is_ours(&object) => {
+            Read::There(object) if key.namespace == namespace && is_ours(&object) => {
                 Change::Policy(key, None, Some(Box::new(object)))
             }
-            object => Change::Policy(key, object.as_ref().map(PolicyFacts::of), None),
+            Read::There(object) => {
+                Change::Policy(key, Some(PolicyFacts::of(&object, &operator)), None)
+            }
+            Read::Unreadable => Change::Policy(key, Some(PolicyFacts::unreadable()), None),
+            Read::Gone => Change::Policy(key, None, None),
         }
     });
     let pods: Api<LeanPod> = Api::all(client.clone());
@@ -325,6 +330,24 @@ fn ready_endpoints(slice: &EndpointSlice) -> usize {
         .count()
 }
 
+/// What a watch knows of an object.
+enum Read<T> {
+    There(T),
+    /// It is there, and malformed.
+    Unreadable,
+    Gone,
+}
+
+impl<T> Read<T> {
+    /// What cannot be read counts as absent.
+    fn readable(self) -> Option<T> {
+        match self {
+            Self::There(object) => Some(object),
+            Self::Unreadable | Self::Gone => None,
+        }
+    }
+}
+
 struct Watches {
     client: kube::Client,
     changes: mpsc::Sender<Change>,
@@ -341,10 +364,30 @@ impl Watches {
         self.watch_in(api, config, change);
     }
 
+    /// As [`Self::watch`], with those that are there and cannot be read.
+    fn watch_all<K, F>(&self, config: &watcher::Config, change: F)
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+        F: Fn(Key, Read<K>) -> Change + Send + 'static,
+    {
+        let api: Api<Guarded<K>> = Api::all(self.client.clone());
+        self.start(api, config, change);
+    }
+
     fn watch_in<W, F>(&self, api: Api<W>, config: &watcher::Config, change: F)
     where
         W: Watched,
         F: Fn(Key, Option<W::Object>) -> Change + Send + 'static,
+    {
+        self.start(api, config, move |key, object: Read<W::Object>| {
+            change(key, object.readable())
+        });
+    }
+
+    fn start<W, F>(&self, api: Api<W>, config: &watcher::Config, change: F)
+    where
+        W: Watched,
+        F: Fn(Key, Read<W::Object>) -> Change + Send + 'static,
     {
         let (changes, metrics) = (self.changes.clone(), Arc::clone(&self.metrics));
         tokio::spawn(follow(api, config.clone(), change, changes, metrics));
@@ -364,7 +407,7 @@ async fn follow<W, F>(
     metrics: Arc<Metrics>,
 ) where
     W: Watched,
-    F: Fn(Key, Option<W::Object>) -> Change,
+    F: Fn(Key, Read<W::Object>) -> Change,
 {
     let kind: &'static str = KINDS
         .into_iter()
@@ -389,7 +432,7 @@ async fn follow<W, F>(
                     known
                         .difference(&listed)
                         .cloned()
-                        .map(|gone| change(gone, None)),
+                        .map(|gone| change(gone, Read::Gone)),
                 );
                 known = std::mem::take(&mut listed);
                 out.push(Change::Synced(kind));
@@ -402,7 +445,7 @@ async fn follow<W, F>(
             Ok(Event::Delete(object)) => {
                 let key = key_of(&object);
                 known.remove(&key);
-                out.push(change(key, None));
+                out.push(change(key, Read::Gone));
             }
             // Once it is there, it is found by trying.
             Err(error) if is_absent(&error) && OPTIONAL.contains(&kind) => {
@@ -433,17 +476,18 @@ fn is_absent(error: &watcher::Error) -> bool {
     }
 }
 
-/// One malformed object must not hide the others; it counts as absent.
+/// One malformed object must not hide the others.
 fn present<W: Watched>(
     kind: &'static str,
     object: W,
-    change: &impl Fn(Key, Option<W::Object>) -> Change,
+    change: &impl Fn(Key, Read<W::Object>) -> Change,
 ) -> (Key, Change) {
     let key = key_of(&object);
     let object = object
         .read()
         .inspect_err(|error| tracing::warn!(kind, object = %key, error, "unreadable"));
-    (key.clone(), change(key, object.ok()))
+    let object = object.map_or(Read::Unreadable, Read::There);
+    (key.clone(), change(key, object))
 }
 
 /// Whether Fenceline wrote it.

@@ -1,5 +1,6 @@
 //! The mesh as the planners see it: an immutable snapshot, cheap to copy and to change, since its maps share structure.
 
+mod behind;
 mod change;
 mod dependents;
 pub mod feed;
@@ -23,6 +24,7 @@ use fenceline_crds::{FencePolicy, RateLimit, Router, ServiceFence, TrafficPatch}
 use imbl::{HashMap as SharedMap, OrdMap};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
+pub use behind::{MOST_HOSTS, Protection, TooFar};
 pub use hosts::{ExportTo, Key, NamedHosts, ServiceFacts};
 pub use policies::PolicyFacts;
 use redirects::Redirects;
@@ -149,11 +151,13 @@ pub struct World {
     service_of_name: SharedMap<Arc<str>, (Host, Arc<ServiceFacts>)>,
     /// The VirtualServices of each host.
     routes: OrdMap<String, BTreeSet<Key>>,
+    /// The VirtualServices that delegate to each.
+    roots: OrdMap<Key, BTreeSet<Key>>,
     /// The ServiceEntries of each host.
     entries: OrdMap<String, BTreeSet<Key>>,
     /// Hosts that a policy protected until a moment ago, and how many changes ago wait to be forgotten: some proxy may
     /// still route as it did then.
-    lingering: OrdMap<String, (Key, usize)>,
+    lingering: OrdMap<String, (Protection, usize)>,
     /// How many addresses of Services begin so.
     service_ranges: Ranges,
     /// How many Services have this port for HTTP.
@@ -162,6 +166,8 @@ pub struct World {
     aliases: usize,
     /// Worked out when first asked for, for the hosts as they are now.
     views: Views,
+    /// What was found out of protection, as far as it was asked for.
+    found: behind::Found,
     redirects: Redirects,
 }
 
@@ -194,18 +200,21 @@ impl World {
             service_of_address: SharedMap::new(),
             service_of_name: SharedMap::new(),
             routes: OrdMap::new(),
+            roots: OrdMap::new(),
             entries: OrdMap::new(),
             lingering: OrdMap::new(),
             service_ranges: OrdMap::new(),
             http_ports: OrdMap::new(),
             aliases: 0,
             views: Views::default(),
+            found: behind::Found::default(),
             redirects: Redirects::default(),
         }
     }
 
     pub fn set_service(&mut self, key: &Key, facts: Option<ServiceFacts>) {
         self.views = Views::default();
+        self.found = behind::Found::default();
         let old = self.services.get(key).map(AsRef::as_ref);
         let ports = |facts: Option<&ServiceFacts>| facts.map(|facts| facts.http_ports.clone());
         let (were, are) = (ports(old), ports(facts.as_ref()));
@@ -234,6 +243,11 @@ impl World {
         }
     }
 
+    pub fn set_policy(&mut self, key: &Key, facts: Option<PolicyFacts>) {
+        self.found = behind::Found::default();
+        set(&mut self.policies, key, facts);
+    }
+
     pub fn set_pod(&mut self, key: &Key, facts: Option<PodFacts>) {
         let old = self.pods.get(key).map(|old| old.addresses.as_slice());
         let new = facts.as_ref().map(|facts| facts.addresses.as_slice());
@@ -242,13 +256,15 @@ impl World {
     }
 
     /// Keeps a host protected after a change that took its protection away, until [`Self::forget`] was called as often.
-    fn linger(&mut self, host: &str, policy: Key) {
-        let (_, changes) = self.lingering.entry(host.to_owned()).or_insert((policy, 0));
+    fn linger(&mut self, host: &str, by: Protection) {
+        self.found = behind::Found::default();
+        let (_, changes) = self.lingering.entry(host.to_owned()).or_insert((by, 0));
         *changes += 1;
     }
 
     /// The change was so long ago that every proxy has heard of it.
     fn forget(&mut self, host: &str) {
+        self.found = behind::Found::default();
         if let Some((_, changes)) = self.lingering.get_mut(host) {
             *changes -= 1;
             if *changes == 0 {
@@ -259,6 +275,7 @@ impl World {
 
     pub fn set_service_entry(&mut self, key: &Key, hosts: Option<NamedHosts>) {
         self.views = Views::default();
+        self.found = behind::Found::default();
         let old = self.service_entries.get(key).cloned();
         index_hosts(&mut self.entries, key, old.as_deref(), hosts.as_ref());
         set(&mut self.service_entries, key, hosts);
@@ -266,8 +283,17 @@ impl World {
 
     pub fn set_virtual_service(&mut self, key: &Key, hosts: Option<NamedHosts>) {
         self.views = Views::default();
+        self.found = behind::Found::default();
         let old = self.virtual_services.get(key).cloned();
         index_hosts(&mut self.routes, key, old.as_deref(), hosts.as_ref());
+        let delegates = |of: &NamedHosts| of.delegates.clone();
+        let (were, are) = (old.as_deref().map(delegates), hosts.as_ref().map(delegates));
+        index(
+            &mut self.roots,
+            key,
+            &were.unwrap_or_default(),
+            are.unwrap_or_default(),
+        );
         set(&mut self.virtual_services, key, hosts);
     }
 
@@ -434,21 +460,32 @@ pub fn in_namespace<'a, V>(
 
 /// Moves an object in an index by host; no host is kept without an object.
 fn index_hosts(
-    index: &mut OrdMap<String, BTreeSet<Key>>,
+    by_host: &mut OrdMap<String, BTreeSet<Key>>,
     key: &Key,
     old: Option<&NamedHosts>,
     new: Option<&NamedHosts>,
 ) {
-    for host in old.into_iter().flat_map(|hosts| &hosts.hosts) {
-        if let Some(keys) = index.get_mut(host) {
+    let hosts = |of: Option<&NamedHosts>| of.map_or_else(BTreeSet::new, |of| of.hosts.clone());
+    index(by_host, key, &hosts(old), hosts(new));
+}
+
+/// Moves an object in an index; nothing is kept without an object.
+fn index<K: Ord + Clone>(
+    index: &mut OrdMap<K, BTreeSet<Key>>,
+    key: &Key,
+    old: &BTreeSet<K>,
+    new: BTreeSet<K>,
+) {
+    for one in old {
+        if let Some(keys) = index.get_mut(one) {
             keys.remove(key);
             if keys.is_empty() {
-                index.remove(host);
+                index.remove(one);
             }
         }
     }
-    for host in new.into_iter().flat_map(|hosts| &hosts.hosts) {
-        index.entry(host.clone()).or_default().insert(key.clone());
+    for one in new {
+        index.entry(one).or_default().insert(key.clone());
     }
 }
 

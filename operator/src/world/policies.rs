@@ -20,6 +20,8 @@ pub struct PolicyFacts {
     pub services: Option<BTreeSet<String>>,
     /// Whether its targets are gateways, waypoints or ServiceEntries: anything of the namespace may be behind them.
     pub behind_gateways: bool,
+    /// Whether it could not be read: it may say anything, and so protects its whole namespace.
+    pub unreadable: bool,
     /// Whether its answer depends on who calls, or from where.
     pub by_source: bool,
     /// Whether it is part of Fenceline's installation.
@@ -31,14 +33,13 @@ pub struct PolicyFacts {
 /// A caller that an ALLOW rule names.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Caller {
-    /// `TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`, with `*` at one end perhaps.
+    /// `TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`, with `*` in place of the trust domain perhaps.
     Principal(String),
-    /// A namespace.
-    Namespace(String),
 }
 
 impl PolicyFacts {
-    pub fn of(policy: &AuthorizationPolicy) -> Self {
+    /// What a policy says; `operator` is Fenceline's own namespace, where alone policies are part of it.
+    pub fn of(policy: &AuthorizationPolicy, operator: &str) -> Self {
         let namespace = policy.metadata.namespace.as_deref().unwrap_or_default();
         let spec = &policy.spec;
         let action = spec.action.as_deref().unwrap_or("ALLOW");
@@ -46,6 +47,7 @@ impl PolicyFacts {
         Self {
             selector: selector.match_labels,
             services: target_services(spec),
+            unreadable: false,
             behind_gateways: targets(spec).any(|target| target["kind"] != "Service"),
             by_source: match action {
                 // Audits nothing away.
@@ -54,12 +56,13 @@ impl PolicyFacts {
                 "CUSTOM" => true,
                 _ => spec.rules.iter().any(asks_for_source),
             },
-            own: policy
-                .metadata
-                .labels
-                .as_ref()
-                .and_then(|labels| labels.get("app.kubernetes.io/part-of"))
-                .is_some_and(|whole| whole == "fenceline"),
+            own: namespace == operator
+                && policy
+                    .metadata
+                    .labels
+                    .as_ref()
+                    .and_then(|labels| labels.get("app.kubernetes.io/part-of"))
+                    .is_some_and(|whole| whole == "fenceline"),
             callers: if action == "ALLOW" {
                 let sources = spec.rules.iter().flat_map(|rule| &rule.from);
                 sources
@@ -68,6 +71,15 @@ impl PolicyFacts {
             } else {
                 BTreeSet::new()
             },
+        }
+    }
+
+    /// Of a policy that cannot be read, and that istiod may understand: it asks who is calling, for every pod that it may be for.
+    pub(super) fn unreadable() -> Self {
+        Self {
+            unreadable: true,
+            by_source: true,
+            ..Self::default()
         }
     }
 
@@ -128,29 +140,22 @@ fn asks_for_source(rule: &Rule) -> bool {
     rule.from.iter().any(|from| peer(&from.source)) || rule.when.iter().any(condition)
 }
 
-/// Whom a source names. A pattern that leaves the namespace open is anybody, and so nobody.
+/// Whom a source names: service accounts. Who lets in a whole namespace permits a call, and does not expect one from each workload
+/// there: such a policy would bring all Services of its namespace into the scope of all of the other's workloads.
 fn callers(source: &Source, namespace: &str) -> Vec<Caller> {
-    let principals = source.principals.iter().cloned().map(Caller::Principal);
+    let principals = source.principals.iter().cloned();
     let accounts = source.service_accounts.iter().map(|account| {
         let (of, name) = account.split_once('/').unwrap_or((namespace, account));
-        Caller::Principal(format!("*/ns/{of}/sa/{name}"))
+        format!("*/ns/{of}/sa/{name}")
     });
-    // Several fields of one source must all match: a principal says more than its namespace.
-    let namespaces = source
-        .namespaces
-        .iter()
-        .filter(|_| source.principals.is_empty() && source.service_accounts.is_empty())
-        .cloned()
-        .map(Caller::Namespace);
-    let somebody = |caller: &Caller| match caller {
-        Caller::Principal(pattern) => pattern
-            .split_once("/ns/")
-            .and_then(|(_, rest)| rest.split_once('/'))
-            .is_some_and(|(namespace, _)| !namespace.contains('*')),
-        Caller::Namespace(name) => !name.contains('*'),
+    let somebody = |pattern: &String| {
+        let rest = pattern.split_once("/ns/").map(|(_, rest)| rest);
+        let (of, account) = rest.and_then(|rest| rest.split_once("/sa/")).unzip();
+        of.is_some_and(|of| !of.contains('*'))
+            && account.is_some_and(|account| !account.contains('*'))
     };
-    let all = principals.chain(accounts).chain(namespaces);
-    all.filter(somebody).collect()
+    let all = principals.chain(accounts);
+    all.filter(somebody).map(Caller::Principal).collect()
 }
 
 #[cfg(test)]
@@ -220,9 +225,25 @@ mod tests {
 
     #[test]
     fn only_allow_names_callers() {
-        let shop = "rules: [{from: [{source: {namespaces: [shop]}}]}]";
-        assert_eq!(facts(&format!("{{{shop}}}")).callers.len(), 1);
-        let deny = facts(&format!("{{action: DENY, {shop}}}"));
+        let cart = "rules: [{from: [{source: {serviceAccounts: [shop/cart]}}]}]";
+        assert_eq!(facts(&format!("{{{cart}}}")).callers.len(), 1);
+        let deny = facts(&format!("{{action: DENY, {cart}}}"));
         assert!(deny.callers.is_empty());
+        let whole = facts("{rules: [{from: [{source: {namespaces: [shop]}}]}]}");
+        assert!(whole.callers.is_empty() && whole.by_source);
+    }
+
+    #[test]
+    fn fenceline_s_own_policies_are_in_its_own_namespace_alone() {
+        let mut policy = AuthorizationPolicy::new("p", AuthorizationPolicySpec::default());
+        let part = (
+            "app.kubernetes.io/part-of".to_owned(),
+            "fenceline".to_owned(),
+        );
+        policy.metadata.labels = Some([part].into());
+        for (namespace, own) in [("fenceline-system", true), ("evil", false)] {
+            policy.metadata.namespace = Some(namespace.to_owned());
+            assert_eq!(PolicyFacts::of(&policy, "fenceline-system").own, own);
+        }
     }
 }

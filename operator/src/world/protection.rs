@@ -2,8 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use super::behind::{Behind, Protection, fitting, wildcards};
 use super::policies::{Caller, PolicyFacts};
 use super::{Key, ServiceFacts, World, in_namespace};
+
+/// Of no host: what protects those whose pods cannot be told.
+const ANYWHERE: &str = "";
 
 /// Istio's matching of strings: exact, or with `*` at one end.
 fn fits(pattern: &str, text: &str) -> bool {
@@ -30,17 +34,20 @@ impl World {
             .filter(|(_, facts)| facts.may_protect(&key.name, service))
     }
 
-    /// The AuthorizationPolicy that makes it matter who calls `fqdn`, or anything that a VirtualService of that name
-    /// leads to. Errs on the side of protection: where a host's pods cannot be told, any such policy of the mesh counts.
-    pub fn protection(&self, root: &str, fqdn: &str) -> Option<Key> {
-        let lingering = |host: &str| {
-            let mut lingering = self.lingering.iter();
-            let found = lingering.find(|(name, _)| fits(name, host));
-            found.map(|(_, (policy, _))| policy.clone())
-        };
-        self.first_behind(fqdn, |host| {
-            lingering(host).or_else(|| self.own_protection(root, host))
+    /// What makes it matter who calls `fqdn`, or anything that a VirtualService of that name leads to. Errs on the side of
+    /// protection: where a host's pods cannot be told, any such policy of the mesh counts.
+    pub fn protection(&self, root: &str, fqdn: &str) -> Option<Protection> {
+        let lingering = self.lingering_of(fqdn);
+        lingering.or_else(|| {
+            let behind = self.routes_for(fqdn);
+            let mut lingering = behind.filter_map(|key| self.protected_behind(root, key).lingering);
+            lingering.next().or_else(|| self.protection_now(root, fqdn))
         })
+    }
+
+    fn lingering_of(&self, host: &str) -> Option<Protection> {
+        let found = fitting(&self.lingering, host).into_iter().next();
+        found.map(|(protection, _)| protection.clone())
     }
 
     /// Whether anything has this name.
@@ -61,42 +68,52 @@ impl World {
     }
 
     /// As [`Self::protection`], without what lingers of former changes.
-    pub(super) fn protection_now(&self, root: &str, fqdn: &str) -> Option<Key> {
-        self.first_behind(fqdn, |host| self.own_protection(root, host))
+    pub(super) fn protection_now(&self, root: &str, fqdn: &str) -> Option<Protection> {
+        let own = self.own_protection(root, fqdn).map(Protection::Policy);
+        own.or_else(|| {
+            let mut behind = self.routes_for(fqdn);
+            behind.find_map(|key| self.protected_behind(root, key).now)
+        })
     }
 
-    /// What `find` finds of `fqdn` or of a host that it leads to.
-    fn first_behind(&self, fqdn: &str, find: impl Fn(&str) -> Option<Key>) -> Option<Key> {
-        self.behind(fqdn).find_map(|host| find(&host))
-    }
-
-    /// A host, and every host that routes lead to from there.
-    pub fn behind(&self, fqdn: &str) -> impl Iterator<Item = String> {
-        let mut seen = BTreeSet::new();
-        let mut look_at = vec![fqdn.to_owned()];
-        std::iter::from_fn(move || {
-            loop {
-                let host = look_at.pop()?;
-                if seen.insert(host.clone()) {
-                    look_at.extend(self.routed_to(&host));
-                    return Some(host);
-                }
+    /// What protects anything behind a VirtualService.
+    fn protected_behind(&self, root: &str, key: &Key) -> Behind {
+        self.found.behind(root, key, || {
+            let walk = self.walk(key);
+            let hosts = || walk.hosts.iter();
+            let too_far = || {
+                let far = Protection::LeadsTooFar(key.clone());
+                (walk.too_far && self.any_by_source().is_some()).then_some(far)
+            };
+            let now = hosts().find_map(|host| self.own_protection(root, host));
+            Behind {
+                now: now.map(Protection::Policy).or_else(too_far),
+                lingering: hosts().find_map(|host| self.lingering_of(host)),
             }
         })
+    }
+
+    fn any_by_source(&self) -> Option<Key> {
+        let mut policies = self.policies.iter();
+        let found = policies.find(|(_, policy)| policy.by_source && !policy.own);
+        found.map(|(name, _)| name.clone())
     }
 
     /// The hosts that a VirtualService speaks for: its own, and those of the ones that delegate to it.
     pub(super) fn hosts_routed_by(&self, key: &Key) -> BTreeSet<String> {
         let own = self.virtual_services.get(key).into_iter();
-        let roots = self
-            .virtual_services
-            .values()
-            .filter(|hosts| hosts.delegates.contains(key));
+        let roots = self.roots.get(key).into_iter().flatten();
+        let roots = roots.filter_map(|root| self.virtual_services.get(root));
         let hosts = own.chain(roots).flat_map(|hosts| &hosts.hosts);
         hosts.cloned().collect()
     }
 
     fn own_protection(&self, root: &str, host: &str) -> Option<Key> {
+        let find = || self.find_own_protection(root, host);
+        self.found.of_host(root, host, find)
+    }
+
+    fn find_own_protection(&self, root: &str, host: &str) -> Option<Key> {
         let service = self
             .service_named(host)
             .and_then(|key| Some((self.services.get(&key)?, key)));
@@ -115,50 +132,19 @@ impl World {
         if only_routed {
             return None;
         }
-        self.policies
-            .iter()
-            .find(|(_, policy)| policy.by_source && !policy.own)
-            .map(|(name, _)| name.clone())
+        self.found.of_host(root, ANYWHERE, || self.any_by_source())
     }
 
     /// The VirtualServices with a wildcard that `host` fits.
-    pub(super) fn wildcard_routes<'a>(&'a self, host: &'a str) -> impl Iterator<Item = &'a Key> {
-        let wildcards = self.routes.range("*".to_owned()..);
-        wildcards
-            .take_while(|(name, _)| name.starts_with('*'))
-            .filter(move |(name, _)| fits(name, host))
-            .flat_map(|(_, keys)| keys)
-    }
-
-    /// Where VirtualServices for `host` lead to, through their delegates. Those with a wildcard apply to what has none of
-    /// its own; which of them is taken depends on who calls, so all are.
-    fn routed_to(&self, host: &str) -> BTreeSet<String> {
-        let mut destinations = BTreeSet::new();
-        let own = self.routes.get(host).into_iter().flatten();
-        let of_host = self.wildcard_routes(host).chain(own);
-        for hosts in of_host.filter_map(|key| self.virtual_services.get(key)) {
-            destinations.extend(hosts.destinations.iter().cloned());
-            for delegate in &hosts.delegates {
-                if let Some(delegate) = self.virtual_services.get(delegate) {
-                    destinations.extend(delegate.destinations.iter().cloned());
-                }
-            }
-        }
-        destinations
+    pub(super) fn wildcard_routes(&self, host: &str) -> impl Iterator<Item = &Key> {
+        wildcards(&self.routes, host).into_iter().flatten()
     }
 
     /// The Services whose policies name a caller: `identities` are those that its pods run as, without `spiffe://`.
     /// A policy for every workload of the mesh names no Service.
-    pub fn named_by_policies(
-        &self,
-        root: &str,
-        namespace: &str,
-        identities: &BTreeSet<String>,
-    ) -> BTreeSet<Key> {
-        let names_us = |caller: &Caller| match caller {
-            Caller::Principal(pattern) => identities.iter().any(|id| fits(pattern, id)),
-            Caller::Namespace(name) => name == namespace,
-        };
+    pub fn named_by_policies(&self, root: &str, identities: &BTreeSet<String>) -> BTreeSet<Key> {
+        let names_us =
+            |Caller::Principal(pattern): &Caller| identities.iter().any(|id| fits(pattern, id));
         let mut named = BTreeSet::new();
         for (key, policy) in &self.policies {
             let whole_mesh =
@@ -279,12 +265,27 @@ mod tests {
     }
 
     #[test]
+    fn a_policy_that_cannot_be_read_protects_its_namespace() {
+        let mut mesh = world();
+        service(&mut mesh, "bank", "ledger", "{}");
+        service(&mut mesh, "shop", "cart", "{}");
+        mesh.policies
+            .insert(Key::new("bank", "odd"), PolicyFacts::unreadable().into());
+        let protects = |host: &str| mesh.protection(ROOT, host).is_some();
+        assert!(protects("ledger.bank.svc.cluster.local"));
+        assert!(!protects("cart.shop.svc.cluster.local"));
+    }
+
+    #[test]
     fn whom_a_policy_names() {
         let cart = BTreeSet::from(["cluster.local/ns/shop/sa/cart".to_owned()]);
         for (namespace, spec, want) in [
             ("bank", "principals: [cluster.local/ns/shop/sa/cart]", true),
             ("bank", "principals: ['*/ns/shop/sa/cart']", true),
-            ("bank", "principals: ['cluster.local/ns/shop/*']", true),
+            // A whole namespace is let in, and not expected.
+            ("bank", "principals: ['cluster.local/ns/shop/*']", false),
+            ("bank", "principals: ['cluster.local/ns/shop/sa/*']", false),
+            ("bank", "principals: ['*/ns/shop/*']", false),
             // Patterns that leave the namespace open name nobody in particular.
             ("bank", "principals: ['*']", false),
             ("bank", "principals: ['cluster.local/*']", false),
@@ -295,7 +296,7 @@ mod tests {
                 "principals: [cluster.local/ns/shop/sa/other]",
                 false,
             ),
-            ("bank", "namespaces: [shop]", true),
+            ("bank", "namespaces: [shop]", false),
             (
                 "bank",
                 "namespaces: [shop], principals: [cluster.local/ns/shop/sa/other]",
@@ -307,14 +308,14 @@ mod tests {
             ("bank", "serviceAccounts: [cart]", false),
             ("bank", "notNamespaces: [other]", false),
             // Every workload of the mesh is none in particular.
-            (ROOT, "namespaces: [shop]", false),
+            (ROOT, "serviceAccounts: [shop/cart]", false),
         ] {
             let mut mesh = world();
             service(&mut mesh, "bank", "ledger", "{}");
             service(&mut mesh, "shop", "front", "{}");
             let rules = format!("{{rules: [{{from: [{{source: {{{spec}}}}}]}}]}}");
             policy(&mut mesh, namespace, "p", &rules);
-            let named = mesh.named_by_policies(ROOT, "shop", &cart);
+            let named = mesh.named_by_policies(ROOT, &cart);
             assert_eq!(!named.is_empty(), want, "{namespace} {spec}");
             assert!(named.iter().all(|service| service.namespace == namespace));
         }

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use super::change::{Change, Concerned};
 use super::dependents::Dependents;
 use super::feed::{BACKLOG, fence_of};
-use super::{Key, PodFacts, PolicyFacts, ServiceFacts, World, in_namespace};
+use super::{Key, PodFacts, PolicyFacts, Protection, ServiceFacts, World, in_namespace};
 use crate::apply::RATE_LIMIT_LABEL;
 use crate::fence::select::{fences_of_pod, is_of_namespace};
 use crate::metrics::Metrics;
@@ -122,12 +122,12 @@ impl WorldTask {
                         };
                         self.retire(&key, old);
                     }
-                    set(&mut self.world.policies, key.clone(), facts.map(Box::new));
+                    self.world.set_policy(&key, facts);
                 }
                 set(&mut self.world.own_policies, key, ours);
             }
             Change::Forgotten(host) => self.world.forget(&host),
-            Change::Retired(key) => drop(self.world.policies.remove(&key)),
+            Change::Retired(key) => self.world.set_policy(&key, None),
             Change::GlobalProxy(key, ready) => {
                 let slices = &mut self.world.global_proxy;
                 match ready {
@@ -253,16 +253,19 @@ impl WorldTask {
     fn change_hosts(&mut self, hosts: BTreeSet<String>, change: impl FnOnce(&mut World)) {
         let root = self.root_namespace.clone();
         let known = hosts.into_iter().filter(|host| self.world.knows(host));
-        let protected: Vec<(String, Key)> = known
+        let protected: Vec<(String, Protection)> = known
             .filter_map(|host| Some((self.world.protection_now(&root, &host)?, host)))
-            .map(|(policy, host)| (host, policy))
+            .map(|(by, host)| (host, by))
             .collect();
         change(&mut self.world);
-        for (host, policy) in protected {
-            if self.world.protection_now(&root, &host).is_none() {
-                self.world.linger(&host, policy);
-                self.after(RETIREMENT, Change::Forgotten(host));
-            }
+        // All are looked at before the first lingers: what was found out holds until something changes.
+        let lost: Vec<_> = protected
+            .into_iter()
+            .filter(|(host, _)| self.world.protection_now(&root, host).is_none())
+            .collect();
+        for (host, by) in lost {
+            self.world.linger(&host, by);
+            self.after(RETIREMENT, Change::Forgotten(host));
         }
     }
 
@@ -282,7 +285,7 @@ impl WorldTask {
         // No object can have this name.
         let name = format!("{}#{}", key.name, self.retired);
         let key = Key::new(&*key.namespace, name);
-        self.world.policies.insert(key.clone(), Arc::new(old));
+        self.world.set_policy(&key, Some(old));
         self.after(RETIREMENT, Change::Retired(key));
     }
 
@@ -348,6 +351,8 @@ impl WorldTask {
         let fqdn = self.world.fqdn(key);
         let touched = self.dependents.of(&fqdn).chain(self.dependents.finders());
         concerned.fences.extend(touched.cloned());
+        let brought = self.dependents.brings(key, &self.world);
+        concerned.fences.extend(brought.cloned());
         let ranges: Vec<_> = self.world.service_ranges().collect();
         let ports: Vec<_> = self.world.http_ports().collect();
         self.change_hosts([fqdn].into(), |world| world.set_service(key, facts));

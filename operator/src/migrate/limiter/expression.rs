@@ -3,6 +3,8 @@
 use fenceline_crds::{Metric, PrometheusQuery};
 use regex::Regex;
 
+use crate::rate_limit;
+
 /// Slime's templates in CEL: `{{._base.cpu.max}}>10` is `metrics.cpu_max > 10.0`; `{{._base.pod}}` is the number of replicas.
 pub(super) fn expression(text: &str, metrics: &mut Vec<Metric>) -> Option<String> {
     let template = Regex::new(r"\{\{\s*\.([A-Za-z0-9_.-]+)\s*\}\}").ok()?;
@@ -27,7 +29,7 @@ pub(super) fn expression(text: &str, metrics: &mut Vec<Metric>) -> Option<String
         cel = number.replace(&cel, "${1}${2}.0${3}").into_owned();
     }
     let known = Regex::new(r"^[\w\s.()+*/<>&|=-]+$").ok()?;
-    if !known.is_match(&cel) || cel.trim().is_empty() {
+    if !known.is_match(&cel) || !rate_limit::is_within_bounds(cel.trim()) {
         return None;
     }
     for name in named {

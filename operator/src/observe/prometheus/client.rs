@@ -99,7 +99,7 @@ fn callers() -> String {
 }
 
 /// A length of time as PromQL writes it.
-fn promql(time: Duration) -> String {
+pub(super) fn promql(time: Duration) -> String {
     format!("{}ms", time.as_millis())
 }
 
@@ -136,16 +136,16 @@ pub enum Error {
 /// An answer of its API.
 /// <https://prometheus.io/docs/prometheus/latest/querying/api/>
 #[derive(Debug, Deserialize)]
-struct Answer<T> {
-    data: Data<T>,
+pub(super) struct Answer<T> {
+    pub(super) data: Data<T>,
     /// Of an answer that is not whole, as Thanos and Mimir give them when a store is away.
     #[serde(default)]
     warnings: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Data<T> {
-    result: T,
+pub(super) struct Data<T> {
+    pub(super) result: T,
 }
 
 #[derive(Debug, Deserialize)]
@@ -156,23 +156,23 @@ struct Series {
 /// What an instant query gives: a number with its time, or a number for each series.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Numbers {
+pub(super) enum Numbers {
     Scalar(Sample),
     Vector(Vec<NumberOfSeries>),
 }
 
 #[derive(Debug, Deserialize)]
-struct NumberOfSeries {
-    value: Sample,
+pub(super) struct NumberOfSeries {
+    pub(super) value: Sample,
 }
 
 /// A time, and a number as text, since JSON has no infinity.
 #[derive(Debug, Deserialize)]
-struct Sample(serde::de::IgnoredAny, String);
+pub(super) struct Sample(serde::de::IgnoredAny, String);
 
 impl Sample {
     /// NaN where it is no number.
-    fn number(&self) -> f64 {
+    pub(super) fn number(&self) -> f64 {
         let Self(_, text) = self;
         match text.as_str() {
             "+Inf" => f64::INFINITY,
@@ -382,13 +382,15 @@ impl Client {
         })
     }
 
+    pub(super) fn question(&self) -> Result<reqwest::RequestBuilder, Error> {
+        Ok(self.current()?.post(self.endpoint.clone()))
+    }
+
     async fn fetch<T: DeserializeOwned>(&self, query: &str) -> Result<Answer<T>, Error> {
         // How long Prometheus may think is not longer than we wait.
         let thinks = promql(self.settings.timeout);
-        let asked = self
-            .current()?
-            .post(self.endpoint.clone())
-            .form(&[("query", query), ("timeout", &thinks)]);
+        let asked = self.question()?;
+        let asked = asked.form(&[("query", query), ("timeout", &thinks)]);
         let answer = asked.send().await.map_err(|error| no_answer(&error))?;
         let status = answer.status();
         let body = answer.bytes().await.map_err(|error| no_answer(&error))?;

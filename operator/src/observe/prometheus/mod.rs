@@ -6,6 +6,7 @@
 //! [`crate::fence::retain`] does, after a question of its own.
 
 mod client;
+mod single;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +18,7 @@ use kube::ResourceExt;
 use tokio::sync::{Notify, watch};
 
 pub use client::{Client, Error, Settings};
+pub use single::NoNumber;
 
 use super::resolve::resolve;
 use crate::fence::learn::Learner;
@@ -256,7 +258,10 @@ impl Prometheus {
         }
         if !unknown.is_empty() {
             // Known is what the status has: a scope is planned from nothing else.
-            let stored = tokio::time::timeout(self.client.settings().timeout, self.learner.flush());
+            let stored = tokio::time::timeout(
+                self.client.settings().timeout,
+                self.learner.flush(|fence| fence.namespace == namespace),
+            );
             if stored.await.is_ok() {
                 self.asked().fences.extend(unknown);
             }
